@@ -1,0 +1,51 @@
+"""What can go wrong by the user's hand or input. Each message says what, where, and what to do about it.
+
+`exit_code` is what the command line ends with: 2 for wrong use or bad input, 1 for a gate that was not passed.
+"""
+
+__all__ = [
+    "BundleError",
+    "CoterieError",
+    "DataError",
+    "DeviceError",
+    "GateFailed",
+    "ImageError",
+    "RecipeError",
+    "StoreError",
+]
+
+
+class CoterieError(Exception):
+    """Base of every error that is shown to the user as one line, without a traceback."""
+
+    exit_code = 2
+
+
+class ImageError(CoterieError):
+    """One image that cannot be used: not an image, damaged, too large, or of an unsupported kind."""
+
+
+class DataError(CoterieError):
+    """A set of labelled images that cannot be used: missing, empty, too few classes, a bad label."""
+
+
+class RecipeError(CoterieError):
+    """A training configuration, or a run directory, that cannot be used."""
+
+
+class BundleError(CoterieError):
+    """A directory that is not a bundle, or a bundle that is damaged or of another format."""
+
+
+class DeviceError(CoterieError):
+    """A device was asked for that is not here."""
+
+
+class StoreError(CoterieError):
+    """The gallery's durable changes cannot be read or written."""
+
+
+class GateFailed(CoterieError):  # noqa: N818 - a finding, not a mistake
+    """A measured value misses its bound: parity, accuracy, verification."""
+
+    exit_code = 1

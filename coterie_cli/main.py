@@ -1,0 +1,245 @@
+"""The `coterie` command: one short function for each stage.
+
+Stages are imported inside their functions, so that `coterie --help` does not wait for torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from coterie.errors import CoterieError, GateFailed
+
+app = typer.Typer(
+    name="coterie",
+    help="Train image encoders, package them as verified bundles, serve embeddings and open-set labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bundle_app = typer.Typer(help="Look at, check and publish bundles.", no_args_is_help=True)
+app.add_typer(bundle_app, name="bundle")
+
+console = Console()
+
+Data = Annotated[Path, typer.Argument(help="A folder with one folder of images per class.", show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
+
+
+def main() -> None:
+    """Run the command line; errors of the user's making are one line on stderr."""
+    try:
+        app()
+    except CoterieError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def demo(
+    serve: Annotated[bool, typer.Option(help="Serve the bundle at the end.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything is written.")] = Path("coterie-demo"),
+    port: Port = 3000,
+) -> None:
+    """Walk the whole road on scikit-learn's handwritten digits: train, export, evaluate, enrol, serve.
+
+    Example: coterie demo --no-serve --json demo.json
+    """
+    from coterie_cli.demo import run_demo
+
+    run_demo(folder, serve=serve, json_file=json_file, port=port)
+
+
+@app.command()
+def train(
+    data: Data,
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="The run directory to write.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Replace a value: optimizer.lr=0.3")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Train an encoder with supervised contrastive learning.
+
+    Example: coterie train photos/train --recipe photos-cpu --out runs/photos
+    """
+    from training.pretrain import train as train_run
+    from training.recipe import load_recipe
+
+    run, images = train_run(data, load_recipe(recipe, settings or []), out, resume=resume, strict=strict)
+    last = run.metrics()[-1]
+    show_rejected(images.rejected)
+    console.print(
+        f"Trained on {len(images):,} images of {len(images.classes)} classes; "
+        f"k-NN top-1 on those held out {last['knn_top1']:.4f}. Run: [bold]{out}[/]"
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
+    gallery: Annotated[Path, typer.Option(help="A folder with one folder of images per class.")],
+    out: Annotated[Path, typer.Option(help="The bundle directory to write.")] = Path("bundle"),
+    name: Annotated[str | None, typer.Option(help="Name of the gallery; by default the recipe's.")] = None,
+    push: Annotated[bool, typer.Option(help="Also put the bundle into the BentoML model store.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Package a run and its gallery as a bundle, checked against the torch encoder.
+
+    Example: coterie export runs/photos --gallery photos/train --out bundles/photos
+    """
+    from export.package import export_run
+    from training.run import Run
+
+    result = export_run(Run.open(run), gallery, out, name=name, overwrite=overwrite, strict=strict)
+    show_rejected(result.images.rejected)
+    manifest = result.bundle.manifest
+    console.print(
+        f"Parity with torch: cosine {result.parity:.7f}. Top-1 on {int(manifest.accuracy['held_out_images'])} held-out "
+        f"images {manifest.accuracy['held_out_top1']:.4f}. Bundle: [bold]{out}[/]"
+    )
+    if push:
+        push_bundle(out)
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath,
+    data: Data,
+    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in class folders.")] = None,
+    false_reject: Annotated[float, typer.Option(help="Share of known images that may be called unknown.")] = 0.05,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Exit with 1 if top-1 is lower.")] = None,
+    device: Device = "auto",
+    strict: Strict = False,
+) -> None:
+    """Measure a bundle on labelled images, through the very code that serves it.
+
+    Example: coterie evaluate bundles/photos photos/test --report report.html --min-top1 0.95
+    """
+    from coterie.bundle import Bundle
+    from coterie.files import write_text
+    from evaluation.evaluate import embed_folder
+    from evaluation.evaluate import evaluate as evaluate_bundle
+    from evaluation.report import write_report
+
+    opened = Bundle.open(bundle, device=device)
+    strangers = embed_folder(opened, unknown, strict=strict) if unknown else None
+    result = evaluate_bundle(opened, embed_folder(opened, data, strict=strict), strangers, false_reject=false_reject)
+    show_rejected(result.rejected)
+    table = Table(title=f"{opened.manifest.name} on {result.images:,} images", show_header=False)
+    table.add_row("top-1, rejection ignored", f"{result.top1:.4f}")
+    table.add_row(f"right and accepted, {false_reject:.0%} false reject", f"{result.accepted_top1:.4f}")
+    table.add_row("k-NN top-1 (k=20, T=0.07)", f"{result.knn_top1:.4f}")
+    table.add_row("nearest-cluster top-1", f"{result.cluster_top1:.4f}")
+    if result.unknown:
+        table.add_row("known against unknown, AUROC", f"{result.unknown.auroc:.4f}")
+        table.add_row("unknown given a label", f"{result.unknown.accepted:.4f}")
+    console.print(table)
+    if report:
+        write_report(result, opened.manifest.name, report)
+        console.print(f"Report: [bold]{report}[/]")
+    if json_file:
+        write_text(json_file, json.dumps(result.to_json(), indent=1) + "\n")
+    if min_top1 is not None and result.top1 < min_top1:
+        raise GateFailed(f"top-1 is {result.top1:.4f}, below --min-top1 {min_top1}")
+
+
+@app.command()
+def serve(
+    bundle: BundlePath,
+    port: Port = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    state: Annotated[Path | None, typer.Option(envvar="COTERIE_STATE", help="Where enrolled classes are kept.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a bundle over HTTP; the same service as `bentoml serve`.
+
+    Example: coterie serve bundles/photos --port 3000
+    """
+    from coterie_cli.serve import serve_bundle
+
+    serve_bundle(bundle, host=host, port=port, state=state, device=device)
+
+
+@bundle_app.command("info")
+def bundle_info(bundle: BundlePath) -> None:
+    """Show what a bundle is.
+
+    Example: coterie bundle info bundles/photos
+    """
+    from coterie.bundle import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    card = manifest.encoder
+    table = Table(title=manifest.name, show_header=False)
+    table.add_row("id", manifest.id)
+    table.add_row("architecture", str(manifest.provenance.get("architecture", "unknown")))
+    table.add_row("input", f"{card.input_size[0]} × {card.input_size[1]}, {card.resize}, {card.interpolation}")
+    table.add_row("embedding", f"{card.embedding_dim} dimensions, {card.precision}")
+    table.add_row("gallery", f"{manifest.gallery_size:,} images in {len(manifest.classes)} classes")
+    table.add_row("classes", ", ".join(manifest.classes[:20]) + (" …" if len(manifest.classes) > 20 else ""))
+    for measure, value in manifest.accuracy.items():
+        table.add_row(measure, f"{value:g}")
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry.size:,} bytes")
+    console.print(table)
+
+
+@bundle_app.command("verify")
+def bundle_verify(bundle: BundlePath) -> None:
+    """Compare every file of a bundle with its checksum; exits with 1 if one differs.
+
+    Example: coterie bundle verify bundles/photos
+    """
+    from coterie.bundle import Bundle
+    from coterie.errors import BundleError
+
+    opened = Bundle.open(bundle, verify=False)
+    try:
+        opened.verify()
+    except BundleError as error:
+        raise GateFailed(str(error)) from error
+    console.print(f"{bundle} is whole: {opened.manifest.id}")
+
+
+@bundle_app.command("push")
+def bundle_push(bundle: BundlePath) -> None:
+    """Put a bundle into the BentoML model store.
+
+    Example: coterie bundle push bundles/photos
+    """
+    push_bundle(bundle)
+
+
+def push_bundle(path: Path) -> None:
+    """Push and say under which tag."""
+    from coterie.bundle import Bundle
+    from serving.model_store import push
+
+    console.print(f"In the BentoML model store: [bold]{push(Bundle.open(path))}[/]")
+
+
+def show_rejected(rejected: tuple[object, ...], most: int = 10) -> None:
+    """Name and count the images that were left out, on stderr."""
+    if not rejected:
+        return
+    errors = Console(stderr=True)
+    errors.print(f"[yellow]{len(rejected)} images were left out:[/]")
+    for entry in rejected[:most]:
+        errors.print(f"  {entry}", markup=False, highlight=False)
+    if len(rejected) > most:
+        errors.print(f"  … and {len(rejected) - most} more")

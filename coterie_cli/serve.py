@@ -1,0 +1,40 @@
+"""Hand over to BentoML: the same service, whether it is started by `coterie serve` or `bentoml serve`."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from coterie.bundle import Bundle
+from coterie.errors import CoterieError
+
+__all__ = ["check_port", "serve_bundle"]
+
+SERVICE = "serving.service:Coterie"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise CoterieError if nothing can listen on this address."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise CoterieError(f"{host}:{port} cannot be listened on ({error.strerror}): choose another --port") from error
+
+
+def serve_bundle(bundle: Path, *, host: str, port: int, state: Path | None, device: str) -> None:
+    """Check what can be checked, then become the server process; does not return.
+
+    Raises:
+        BundleError: the bundle is damaged or none; CoterieError: the address is taken.
+    """
+    Bundle.open(bundle)
+    check_port(host, port)
+    environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
+    if state is not None:
+        environment["COTERIE_STATE"] = str(state.resolve())
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
+    os.execve(sys.executable, command, environment)

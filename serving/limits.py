@@ -1,0 +1,62 @@
+"""What one request may cost, and how that is held while its body still streams in."""
+
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from coterie.images import Limits
+from serving.errors import TooLargeError
+
+__all__ = ["RequestLimits", "check_count", "read_body"]
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Upper bounds for a request.
+
+    Attributes:
+        max_body: bytes of the body, counted as they arrive.
+        max_images: images in it.
+        image: bytes and pixels of each.
+        seconds: from the complete body to the answer.
+    """
+
+    max_body: int = 64 * 2**20
+    max_images: int = 256
+    image: Limits = field(default_factory=Limits)
+    seconds: float = 30.0
+
+
+async def read_body(request: Request, limits: RequestLimits) -> bytes:
+    """The whole body, if it is within the limit.
+
+    Raises:
+        TooLargeError: it says, or turns out, to be larger; the rest is left unread.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limits.max_body:
+        raise _too_large(limits)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.max_body:
+            raise _too_large(limits)
+    return bytes(body)
+
+
+def check_count(count: int, limits: RequestLimits) -> None:
+    """Hold the number of images in a request to its limit.
+
+    Raises:
+        TooLargeError: there are more.
+    """
+    if count > limits.max_images:
+        raise TooLargeError(f"more than {limits.max_images} images in one request: send them in several", param="input")
+
+
+def _too_large(limits: RequestLimits) -> TooLargeError:
+    # The connection cannot serve another request before the rest of this body has been read away.
+    return TooLargeError(
+        f"the body is over the limit of {limits.max_body:,} bytes: send fewer or smaller images",
+        headers={"Connection": "close"},
+    )

@@ -1,0 +1,101 @@
+"""The BentoML service: `bentoml serve serving.service:Coterie`, or `bentoml serve` in the project's root.
+
+BentoML starts the workers and answers /healthz, /livez and /readyz; every other path is the application's of
+`serving.routes`, mounted at the root.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bentoml
+
+from coterie.bundle import Bundle
+from coterie.errors import CoterieError, DeviceError
+from serving.engine import Engine
+from serving.model_store import find_bundle
+from serving.routes import build_app
+from serving.settings import Settings
+
+__all__ = ["Coterie"]
+
+logger = logging.getLogger("coterie.serving")
+
+app = build_app()
+
+# One span and one log line per request would cost more than a small encoder takes for the image.
+QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
+
+
+@bentoml.service(
+    # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
+    http={"host": "127.0.0.1"},
+    # Beyond the application's own limits, and for clients that send their body slowly.
+    traffic={"timeout": 120},
+    # BentoML's metrics make a time series of every path that anybody asks for.
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+    tracing={"excluded_urls": QUIET},
+)
+@bentoml.asgi_app(app, path="/")
+class Coterie:
+    """Supervised contrastive image embeddings and open-set labels."""
+
+    def __init__(self) -> None:
+        # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
+        logging.getLogger("coterie").setLevel(logging.INFO)
+        settings = Settings.from_environment()
+        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device)
+        self.engine = Engine(bundle, state=settings.state)
+        app.state.engine = self.engine
+        logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
+
+    async def __is_ready__(self) -> bool:
+        return await self.engine.ready()
+
+    @bentoml.on_deployment
+    @staticmethod
+    def check() -> None:
+        """End the process with one line, before there are workers, if they could not start.
+
+        A worker that fails is started again for ever.
+        """
+        try:
+            settings = Settings.from_environment()
+            path = find_bundle(settings.bundle)
+            bundle = Bundle.open(path, device="cpu")
+            _try_device(settings.device, bundle)
+            bundle.gallery(settings.state)
+        except (CoterieError, OSError) as error:
+            print(f"coterie: {error}", file=sys.stderr)
+            sys.exit(CoterieError.exit_code)
+        # Whatever is pushed to the model store meanwhile, all workers serve the one that was checked.
+        os.environ["COTERIE_BUNDLE"] = str(path)
+
+    @bentoml.on_shutdown
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _try_device(device: str, bundle: Bundle) -> None:
+    """Load the encoder where it is to run.
+
+    Raises:
+        CoterieError: it cannot run there.
+    """
+    if not device.startswith("cuda"):
+        bundle.encoder  # noqa: B018  a cached property that loads
+        return
+    # In a process of its own, for this one would hold GPU memory as long as the service runs.
+    script = "import sys; from coterie import Bundle; Bundle.open(sys.argv[1], device=sys.argv[2]).encoder"
+    trial = subprocess.run(
+        [sys.executable, "-c", script, str(bundle.path), device],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    if trial.returncode:
+        reason = trial.stderr.strip().rpartition("\n")[2].partition(": ")[2]
+        raise DeviceError(reason or f"the encoder cannot be loaded on {device}")

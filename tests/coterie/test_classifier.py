@@ -1,0 +1,318 @@
+"""Probabilities, and an "unknown" that keeps its promise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from coterie.bundle import Bundle
+from coterie.classifier import FALSE_REJECT_RATES, RADIUS_WEIGHT, Calibration, calibrate, classify, score
+from coterie.clusters import ClassClusters
+from coterie.errors import CoterieError, DataError
+from coterie.gallery import GalleryItems, Snapshot
+
+Labelled = tuple[NDArray[np.float32], NDArray[np.str_]]
+MakeSnapshot = Callable[..., Snapshot]
+SETTINGS = Calibration(
+    n_neighbors=10,
+    temperature=0.1,
+    vote_weight=0.5,
+    cluster_weight=2.0,
+    limits={"0.05": 1.0, "0.2": 0.5},
+    confidence=0.9,
+    images=100,
+)
+
+
+@pytest.fixture
+def snapshot_of(items: Callable[..., GalleryItems]) -> MakeSnapshot:
+    def make(gallery: Labelled, held_out: Labelled | None = None) -> Snapshot:
+        return Snapshot(items(*gallery), ClassClusters.fit(*gallery, held_out))
+
+    return make
+
+
+@pytest.fixture
+def clouds(cloud_class: Any) -> Any:
+    """Six classes that overlap a little."""
+    return cloud_class.make(np.random.default_rng(0), 6, 8, 0.6)
+
+
+@pytest.fixture
+def snapshot(clouds: Any, snapshot_of: MakeSnapshot) -> Snapshot:
+    return snapshot_of(clouds.draw(np.random.default_rng(1), [30] * 6))
+
+
+@pytest.fixture
+def held_out(clouds: Any) -> Labelled:
+    return clouds.draw(np.random.default_rng(2), [50] * 6)  # type: ignore[no-any-return]
+
+
+# Scores
+
+
+def slow_probabilities(query: NDArray[np.float32], snapshot: Snapshot, settings: Calibration) -> list[float]:
+    """The formula of the module, one class and one item at a time."""
+    similarities = [float(query @ item) for item in snapshot.items.embeddings]
+    nearest = sorted(range(len(similarities)), key=lambda row: -similarities[row])[: settings.n_neighbors]
+    farthest = similarities[nearest[-1]]
+    logits = []
+    for row, label in enumerate(snapshot.clusters.labels):
+        own = [similarities[near] for near in nearest if snapshot.items.labels[near] == label]
+        size = int((snapshot.items.labels == label).sum())
+        vote = sum(np.exp((similarity - farthest) / settings.temperature) - 1 for similarity in own) / size
+        gap = 1 - float(query @ snapshot.clusters.prototypes[row])
+        distance = np.log(gap) - RADIUS_WEIGHT * np.log(snapshot.clusters.radii[row])
+        logits.append(settings.vote_weight * np.log(1 + vote) - settings.cluster_weight * distance)
+    weights = [np.exp(logit) for logit in logits]
+    return [float(weight / sum(weights)) for weight in weights]
+
+
+def test_probabilities_follow_the_formula(snapshot: Snapshot, held_out: Labelled) -> None:
+    scores = score(held_out[0], snapshot, SETTINGS)
+    for row in range(0, 300, 15):
+        expected = slow_probabilities(held_out[0][row], snapshot, SETTINGS)
+        assert scores.probabilities[row].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_probabilities_sum_to_one_and_the_best_is_the_largest(snapshot: Snapshot, held_out: Labelled) -> None:
+    scores = score(held_out[0], snapshot, SETTINGS)
+    assert scores.probabilities.shape == (300, 6)
+    np.testing.assert_allclose(scores.probabilities.sum(axis=1), 1)
+    assert (scores.probabilities >= 0).all()
+    assert (scores.best == scores.probabilities.argmax(axis=1)).all()
+
+
+def test_an_answer_does_not_depend_on_the_other_images_of_its_batch(snapshot: Snapshot, held_out: Labelled) -> None:
+    together = classify(held_out[0][:40], snapshot, SETTINGS)
+    for row, answer in enumerate(together):
+        (alone,) = classify(held_out[0][row : row + 1], snapshot, SETTINGS)
+        assert (alone.label, alone.known) == (answer.label, answer.known)
+        assert alone.probability == pytest.approx(answer.probability, abs=1e-5)
+        assert [near.id for near in alone.neighbors] == [near.id for near in answer.neighbors]
+
+
+def test_no_images_give_no_answers(snapshot: Snapshot) -> None:
+    assert classify(np.empty((0, 8), dtype=np.float32), snapshot, SETTINGS) == []
+
+
+@pytest.mark.parametrize("counts", [[3], [1], [1, 1, 1], [1, 30]])
+def test_small_galleries_are_classified_and_calibrated(
+    cloud_class: Any, snapshot_of: MakeSnapshot, counts: list[int]
+) -> None:
+    rng = np.random.default_rng(3)
+    clouds = cloud_class.make(rng, len(counts), 8, 0.2)
+    snapshot = snapshot_of(clouds.draw(rng, counts))
+    queries, labels = clouds.draw(rng, [20] * len(counts))
+    calibration = calibrate(snapshot, queries, labels)
+    answers = classify(queries, snapshot, calibration, false_reject=0.01)
+    assert np.mean([answer.label == label for answer, label in zip(answers, labels.tolist(), strict=True)]) > 0.9
+    for answer in answers:
+        assert sum(entry.probability for entry in answer.classes) == pytest.approx(1)
+        assert len(answer.neighbors) == min(5, sum(counts))
+
+
+def test_an_empty_gallery_says_what_to_do(snapshot: Snapshot, held_out: Labelled) -> None:
+    empty = snapshot.with_items(GalleryItems.enrolled((), 8), snapshot.items.ids)
+    with pytest.raises(DataError, match="empty: add examples"):
+        classify(held_out[0], empty, SETTINGS)
+
+
+# Answers
+
+
+def test_an_answer_says_what_it_rests_on(snapshot: Snapshot, held_out: Labelled) -> None:
+    embeddings, _ = held_out
+    scores = score(embeddings, snapshot, SETTINGS)
+    for row, answer in enumerate(classify(embeddings, snapshot, SETTINGS, top=3, neighbors=4)):
+        best = snapshot.clusters.labels[scores.best[row]]
+        assert answer.label == (best if answer.known else None)
+        assert answer.known == (scores.deviations[row] <= SETTINGS.limit(0.05))
+        assert answer.classes[0].label == best
+        probabilities = [entry.probability for entry in answer.classes]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert probabilities[0] == answer.probability
+        assert answer.classes[0].cluster_similarity == answer.similarity
+        assert (len(answer.classes), len(answer.neighbors)) == (3, 4)
+        assert answer.neighbors[0].similarity == pytest.approx(
+            (snapshot.items.embeddings @ embeddings[row]).max(), abs=1e-6
+        )
+        for near in answer.neighbors:
+            place = snapshot.rows[near.id]
+            assert (near.label, near.metadata) == (snapshot.items.labels[place], {"row": place})
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_known_is_to_reach_the_threshold(snapshot: Snapshot, held_out: Labelled, rate: float) -> None:
+    answers = classify(held_out[0], snapshot, SETTINGS, false_reject=rate)
+    assert {answer.known for answer in answers} == {True, False}
+    for answer in answers:
+        assert answer.known == (answer.similarity >= answer.threshold)
+
+
+def test_a_query_far_from_every_cluster_is_unknown_but_still_has_nearest_classes(snapshot: Snapshot) -> None:
+    opposite = -snapshot.clusters.prototypes.sum(axis=0, keepdims=True)
+    opposite /= np.linalg.norm(opposite)
+    (answer,) = classify(opposite, snapshot, SETTINGS)
+    assert (answer.label, answer.known) == (None, False)
+    assert len(answer.classes) == 5
+
+
+def test_more_classes_or_neighbours_than_there_are_gives_all(snapshot: Snapshot, held_out: Labelled) -> None:
+    (answer,) = classify(held_out[0][:1], snapshot, SETTINGS, top=100, neighbors=100)
+    assert len(answer.classes) == 6
+    assert len(answer.neighbors) == SETTINGS.n_neighbors
+
+
+def test_a_rate_that_was_not_calibrated_is_refused_with_those_that_were(snapshot: Snapshot, held_out: Labelled) -> None:
+    with pytest.raises(CoterieError, match=r"rate of 0.03: choose one of 0.05, 0.2"):
+        classify(held_out[0], snapshot, SETTINGS, false_reject=0.03)
+
+
+# Classes of different sizes
+
+
+def test_a_young_class_is_not_drowned_by_large_ones(cloud_class: Any, snapshot_of: MakeSnapshot) -> None:
+    rng = np.random.default_rng(4)
+    clouds = cloud_class(cloud_class.make(rng, 5, 8, 1).centres, np.full(5, 0.5))
+    embeddings, labels = clouds.draw(rng, [200, 200, 200, 200, 5])
+    snapshot = snapshot_of((embeddings, labels))
+    held_out = clouds.draw(rng, [50, 50, 50, 50, 0])
+    calibration = calibrate(snapshot, *held_out)
+    queries, truth = clouds.draw(rng, [200] * 5)
+    found = np.asarray(snapshot.clusters.labels)[score(queries, snapshot, calibration).best]
+    recalls = [np.mean(found[truth == label] == label) for label in "abcde"]
+    assert min(recalls) > 0.8
+    assert recalls[4] > np.mean(recalls[:4]) - 0.1
+
+
+def test_a_digit_is_known_from_five_examples(tiny_bundle: Bundle, digit_images: Any) -> None:
+    calibration, base = tiny_bundle.manifest.calibration, tiny_bundle.base
+    eights = tiny_bundle.embed(digit_images.of("8").images)
+    young = GalleryItems(
+        ids=tuple(f"eight {row}" for row in range(5)),
+        labels=np.asarray(["8"] * 5),
+        embeddings=eights[:5],
+        positions=np.zeros((5, 2), dtype=np.float32),
+        thumbnails=(b"",) * 5,
+        metadata=({},) * 5,
+    )
+    snapshot = base.with_items(young)
+    names = np.asarray(snapshot.clusters.labels)
+    assert np.mean(names[score(eights[5:], snapshot, calibration).best] == "8") > 0.6  # by chance: 1/9
+    known = digit_images.of(*base.clusters.labels)
+    found = names[score(tiny_bundle.embed(known.images), snapshot, calibration).best]
+    assert np.mean(found == known.labels) > 0.95
+
+
+def test_digits_are_named_and_unknown_ones_are_rejected_more_often(tiny_bundle: Bundle, digit_images: Any) -> None:
+    answers = tiny_bundle.classify(digit_images.images, false_reject=0.1)
+    known = np.asarray([answer.known for answer in answers])
+    best = np.asarray([answer.classes[0].label for answer in answers])
+    belongs = np.isin(digit_images.labels, tiny_bundle.manifest.classes)
+    assert np.mean(best[belongs] == digit_images.labels[belongs]) > 0.95
+    assert np.mean(~known[belongs]) < 0.15
+    assert np.mean(~known[~belongs]) > 0.5
+
+
+# Calibration
+
+
+def test_a_larger_false_reject_rate_is_stricter(snapshot: Snapshot, held_out: Labelled) -> None:
+    calibration = calibrate(snapshot, *held_out)
+    limits = [calibration.limit(rate) for rate in FALSE_REJECT_RATES]
+    assert limits == sorted(limits, reverse=True)
+    assert len(set(limits)) == len(limits)
+    assert calibration.images == 300
+
+
+def test_more_confidence_is_more_generous(snapshot: Snapshot, held_out: Labelled) -> None:
+    sure, unsure = (calibrate(snapshot, *held_out, confidence=confidence) for confidence in (0.99, 0.5))
+    assert sure.limit(0.1) > unsure.limit(0.1)
+    assert (sure.confidence, unsure.confidence) == (0.99, 0.5)
+
+
+@pytest.mark.parametrize("radii_from", ["the gallery", "the same held-out images"])
+def test_the_false_reject_rate_is_kept_with_the_stated_confidence(
+    cloud_class: Any, snapshot_of: MakeSnapshot, radii_from: str
+) -> None:
+    """Of many calibrations, at least the share `confidence` rejects no more new images than it promises."""
+    rng = np.random.default_rng(5)
+    rejected = []
+    for _ in range(30):
+        clouds = cloud_class.make(rng, 4, 8, 0.55)
+        gallery, held_out = clouds.draw(rng, [5] * 4), clouds.draw(rng, [60] * 4)
+        snapshot = snapshot_of(gallery, held_out if radii_from == "the same held-out images" else None)
+        calibration = calibrate(snapshot, *held_out)
+        new = score(clouds.draw(rng, [1000] * 4)[0], snapshot, calibration)
+        thresholds = [snapshot.clusters.thresholds(calibration.limit(rate)) for rate in FALSE_REJECT_RATES]
+        rejected.append([np.mean(~new.accepted(least)) for least in thresholds])
+    kept = np.mean(np.asarray(rejected) <= FALSE_REJECT_RATES, axis=0)
+    # 0.9 is promised; fewer than 22 of 30 would happen once in 200 times.
+    assert kept.min() >= 22 / 30
+    # And not by rejecting nothing: a tenth is promised, at least a twentieth is used.
+    assert np.mean(rejected, axis=0)[3] > 0.05
+
+
+def test_an_image_does_not_count_for_the_radius_that_it_is_measured_by(
+    cloud_class: Any, snapshot_of: MakeSnapshot
+) -> None:
+    rng = np.random.default_rng(7)
+    clouds = cloud_class.make(rng, 4, 8, 0.15)
+    gallery, (embeddings, labels) = clouds.draw(rng, [20] * 4), clouds.draw(rng, [10] * 4)
+    deviations = []
+    for row in range(40):
+        others = np.arange(40) != row
+        without = snapshot_of(gallery, (embeddings[others], labels[others]))
+        deviations.append(score(embeddings[row : row + 1], without, SETTINGS).deviations[0])
+    # So few images cannot promise one in a hundred, and that limit is the largest deviation.
+    calibration = calibrate(snapshot_of(gallery, (embeddings, labels)), embeddings, labels)
+    assert calibration.limit(0.01) == pytest.approx(max(deviations), abs=0.03)
+    helped = score(embeddings, snapshot_of(gallery, (embeddings, labels)), SETTINGS).deviations
+    assert max(helped) < max(deviations) - 0.06
+
+
+def test_a_few_wrong_labels_do_not_open_the_door(cloud_class: Any, snapshot_of: MakeSnapshot) -> None:
+    rng = np.random.default_rng(6)
+    clouds = cloud_class.make(rng, 6, 8, 0.2)
+    snapshot = snapshot_of(clouds.draw(rng, [30] * 6))
+    embeddings, labels = clouds.draw(rng, [50] * 6)
+    mislabelled = labels.copy()
+    mislabelled[:30] = np.roll(clouds.names, 1)[np.searchsorted(clouds.names, labels[:30])]
+    clean, noisy = calibrate(snapshot, embeddings, labels), calibrate(snapshot, embeddings, mislabelled)
+    assert noisy.limit(0.05) < clean.limit(0.05) + 0.5
+
+
+def test_labels_that_the_gallery_lacks_do_not_count(snapshot: Snapshot, held_out: Labelled) -> None:
+    embeddings, labels = held_out
+    strangers = np.where(np.arange(300) % 3 == 0, "a longer name than the others", labels)
+    kept = np.arange(300) % 3 != 0
+    assert calibrate(snapshot, embeddings, strangers) == calibrate(snapshot, embeddings[kept], labels[kept])
+
+
+def test_nothing_to_calibrate_with_is_an_error(snapshot: Snapshot, held_out: Labelled) -> None:
+    strangers = np.full(300, "stranger")
+    with pytest.raises(CoterieError, match="no held-out image belongs to a class"):
+        calibrate(snapshot, held_out[0], strangers)
+
+
+def test_too_few_images_for_a_promise_leave_the_largest_deviation(snapshot: Snapshot, held_out: Labelled) -> None:
+    calibration = calibrate(snapshot, held_out[0][:8], held_out[1][:8])
+    assert len(set(calibration.limits.values())) <= 2
+    scores = score(held_out[0][:8], snapshot, calibration)
+    assert (scores.deviations <= calibration.limit(0.01) + 0.5).all()
+
+
+def test_the_same_images_give_the_same_calibration(snapshot: Snapshot, held_out: Labelled) -> None:
+    assert calibrate(snapshot, *held_out) == calibrate(snapshot, *held_out)
+
+
+def test_a_calibration_survives_json_and_refuses_nonsense(snapshot: Snapshot, held_out: Labelled) -> None:
+    calibration = calibrate(snapshot, *held_out)
+    assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration
+    for wrong in ({"n_neighbors": 0}, {"temperature": 0.0}, {"vote_weight": -1.0}, {"extra": 1}):
+        with pytest.raises(ValidationError):
+            Calibration.model_validate(calibration.model_dump() | wrong)

@@ -1,0 +1,308 @@
+"""Labelled images: what is found, what is left out and why, and splits that do not move."""
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from coterie.dataset import LabelledPixels, check_label, read_folder, read_pixels, split_by_hash
+from coterie.errors import DataError
+from coterie.images import Limits, Preprocessing, decode
+
+DIGITS = load_digits()
+EIGHT = Preprocessing(input_size=(8, 8))
+MakeTree = Callable[..., Path]
+
+
+def save_digit(row: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((DIGITS.images[row] * 15).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Three images of each digit from 0 to 2."""
+    for digit in range(3):
+        for number, row in enumerate(np.flatnonzero(DIGITS.target == digit)[:3].tolist()):
+            save_digit(row, tmp_path / "data" / str(digit) / f"{number}.png")
+    return tmp_path / "data"
+
+
+# Folders
+
+
+def test_each_folder_is_a_class_of_its_images(tree: Path) -> None:
+    images = read_folder(tree)
+    assert images.classes == ("0", "1", "2")
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [path.as_posix() for path in images.paths[:4]] == ["0/0.png", "0/1.png", "0/2.png", "1/0.png"]
+    assert len(images) == 9
+
+
+def test_nested_folders_count_and_hidden_or_foreign_files_do_not(tree: Path) -> None:
+    save_digit(0, tree / "0" / "2024" / "spring" / "nested.PNG")
+    for hidden in ("0/.hidden.png", "0/.thumbnails/x.png", ".git/x.png"):
+        save_digit(0, tree / hidden)
+    (tree / "0" / "notes.txt").write_text("not an image")
+    (tree / "1" / "folder.png").mkdir()
+    save_digit(0, tree / "beside the classes.png")
+    images = read_folder(tree)
+    assert images.classes == ("0", "1", "2")
+    assert np.bincount(images.labels).tolist() == [4, 3, 3]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        read_folder(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_folder(tree: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        read_folder(tree / "0" / "0.png")
+
+
+def test_a_folder_without_class_folders_says_what_to_do(tree: Path) -> None:
+    with pytest.raises(DataError, match="no class folders: put the images of each class into a folder"):
+        read_folder(tree / "0")
+
+
+def test_too_few_classes_are_listed(tree: Path) -> None:
+    assert read_folder(tree, min_classes=3).classes == ("0", "1", "2")
+    shutil.rmtree(tree / "2")
+    with pytest.raises(DataError, match=r"has only 2 classes \(0, 1\), at least 3"):
+        read_folder(tree, min_classes=3)
+    shutil.rmtree(tree / "1")
+    assert read_folder(tree).classes == ("0",)
+    with pytest.raises(DataError, match=r"has only 1 class \(0\), at least 2"):
+        read_folder(tree, min_classes=2)
+
+
+@pytest.mark.parametrize(("left", "message"), [(0, "has no images"), (1, "has only 1 image"), (2, "has only 2 images")])
+def test_a_class_with_too_few_images_is_named(tree: Path, left: int, message: str) -> None:
+    for number in range(left, 3):
+        (tree / "1" / f"{number}.png").unlink()
+    with pytest.raises(DataError, match=f"class '1' .* {message}, at least 3"):
+        read_folder(tree, min_images=3)
+
+
+def test_a_class_with_one_image_is_enough_unless_more_are_asked_for(tree: Path) -> None:
+    for number in (1, 2):
+        (tree / "1" / f"{number}.png").unlink()
+    assert np.bincount(read_folder(tree).labels).tolist() == [3, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["a" * 129, "ä" * 65, "line\nbreak", "tab\there", "bell\x07", "\x85next"])
+def test_folders_that_cannot_name_a_class_are_refused(tree: Path, name: str) -> None:
+    save_digit(0, tree / name / "0.png")
+    with pytest.raises(DataError, match="cannot name a class"):
+        read_folder(tree)
+
+
+@pytest.mark.parametrize("label", ["", ".", "..", "a/b", "a\0b", "\ud800", "x" * 129])
+def test_labels_that_cannot_name_a_class_are_refused(label: str) -> None:
+    with pytest.raises(DataError, match="cannot name a class"):
+        check_label(label)
+
+
+@pytest.mark.parametrize(
+    "label", ["0", "...", ".hidden", "boots, brown (2nd)", "größe 43", "長靴", "x" * 128, "ä" * 64]
+)
+def test_any_other_label_may_name_a_class(label: str) -> None:
+    assert check_label(label) == label
+
+
+# Pixels
+
+
+def test_images_are_read_in_order_with_their_hashes_and_thumbnails(tree: Path) -> None:
+    steps: list[int] = []
+    found = read_pixels(read_folder(tree), EIGHT, thumbnails=True, progress=steps.append)
+    rows = [np.flatnonzero(DIGITS.target == digit)[:3].tolist() for digit in range(3)]
+    expected = (DIGITS.images[np.concatenate(rows)] * 15).astype(np.uint8)
+    np.testing.assert_array_equal(found.pixels[..., 0], expected)
+    assert found.names.tolist() == ["0", "0", "0", "1", "1", "1", "2", "2", "2"]
+    assert found.hashes == tuple(hashlib.sha256((tree / path).read_bytes()).hexdigest() for path in found.paths)
+    assert [np.asarray(decode(picture))[..., 0].tolist() for picture in found.thumbnails] == expected.tolist()
+    assert found.rejected == ()
+    assert sum(steps) == 9
+
+
+def test_unreadable_images_are_left_out_and_named(tree: Path) -> None:
+    (tree / "0" / "1.png").write_bytes(b"no image")
+    (tree / "2" / "0.png").write_bytes((tree / "2" / "0.png").read_bytes()[:60])
+    found = read_pixels(read_folder(tree), EIGHT)
+    assert np.bincount(found.labels).tolist() == [2, 3, 2]
+    assert len(found) == len(found.pixels) == len(found.hashes) == 7
+    first, second = (str(rejected) for rejected in found.rejected)
+    assert first.startswith(f"{Path('0/1.png')}: not an image")
+    assert second.startswith(f"{Path('2/0.png')}: ")
+
+
+def test_strict_stops_at_an_unreadable_image(tree: Path) -> None:
+    (tree / "0" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1\.png: not an image"):
+        read_pixels(read_folder(tree), EIGHT, strict=True)
+
+
+def test_strict_does_not_read_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / "0" / "0.png").write_bytes(b"no image")
+    template = (tree / "1" / "0.png").read_bytes()
+    for number in range(500):
+        (tree / "1" / f"more {number}.png").write_bytes(template + b" " * number)
+    read, lock, reading = [], threading.Lock(), Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        with lock:
+            read.append(path)
+        return reading(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    with pytest.raises(DataError):
+        read_pixels(read_folder(tree), EIGHT, strict=True)
+    assert 0 < len(read) < 400
+
+
+def test_only_unreadable_images_is_an_error_that_names_the_first(tree: Path) -> None:
+    for file in tree.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 9 images .* the first: 0.0\.png: the file is empty"):
+        read_pixels(read_folder(tree), EIGHT)
+
+
+def test_a_file_that_vanished_is_named(tree: Path) -> None:
+    images = read_folder(tree)
+    (tree / "1" / "2.png").unlink()
+    (rejected,) = read_pixels(images, EIGHT).rejected
+    assert str(rejected) == f"{Path('1/2.png')}: cannot be read (No such file or directory)"
+
+
+def test_images_over_a_limit_are_left_out(tree: Path) -> None:
+    Image.new("L", (30, 30)).save(tree / "0" / "large.png")
+    (rejected,) = read_pixels(read_folder(tree), EIGHT, limits=Limits(max_pixels=899)).rejected
+    assert "30 × 30 pixels, over the limit of 899" in rejected.reason
+    sizes = [file.stat().st_size for file in tree.rglob("?.png")]
+    (tree / "1" / "0.png").write_bytes(b" " * (max(sizes) + 1))
+    found = read_pixels(read_folder(tree), EIGHT, limits=Limits(max_bytes=max(sizes)))
+    assert any("bytes, over the limit" in rejected.reason for rejected in found.rejected)
+
+
+def test_the_same_bytes_count_once_and_the_copy_names_its_original(tree: Path) -> None:
+    shutil.copy(tree / "0" / "0.png", tree / "0" / "copy.png")
+    shutil.copy(tree / "0" / "1.png", tree / "2" / "under another label.png")
+    found = read_pixels(read_folder(tree), EIGHT)
+    assert np.bincount(found.labels).tolist() == [3, 3, 3]
+    assert [rejected.reason for rejected in found.rejected] == [
+        f"the same bytes as {Path('0/0.png')}",
+        f"the same bytes as {Path('0/1.png')}",
+    ]
+
+
+def test_selected_images_keep_everything_that_belongs_to_them(tree: Path) -> None:
+    found = read_pixels(read_folder(tree), EIGHT, thumbnails=True)
+    mask = np.arange(9) % 4 == 0
+    part = found.select(mask)
+    assert part.classes == found.classes
+    for row, kept in enumerate(np.flatnonzero(mask).tolist()):
+        assert (part.pixels[row] == found.pixels[kept]).all()
+        assert part.names[row] == found.names[kept]
+        assert (part.paths[row], part.hashes[row]) == (found.paths[kept], found.hashes[kept])
+        assert part.thumbnails[row] == found.thumbnails[kept]
+
+
+# Fingerprint
+
+
+def fingerprint(folder: Path) -> str:
+    return read_pixels(read_folder(folder), EIGHT).fingerprint
+
+
+def test_the_fingerprint_depends_on_labels_and_contents_alone(tree: Path) -> None:
+    before = fingerprint(tree)
+    for file in sorted(tree.rglob("*.png"), reverse=True):
+        file.rename(file.with_name(f"renamed {9 - int(file.stem)}.png"))
+    os.utime(tree / "0" / "renamed 9.png", (0, 0))
+    assert fingerprint(tree) == before
+
+
+@pytest.mark.parametrize("change", ["content", "label", "missing", "class name"])
+def test_the_fingerprint_sees_every_change(tree: Path, change: str) -> None:
+    before = fingerprint(tree)
+    match change:
+        case "content":
+            save_digit(1000, tree / "0" / "0.png")
+        case "label":
+            (tree / "0" / "0.png").rename(tree / "1" / "moved.png")
+        case "missing":
+            (tree / "0" / "0.png").unlink()
+        case "class name":
+            (tree / "0").rename(tree / "zero")
+    assert fingerprint(tree) != before
+
+
+# Split
+
+contents = st.dictionaries(st.integers(0, 10**6), st.integers(0, 3), min_size=1, max_size=60)
+fractions = st.floats(0, 1)
+
+
+def split(rows: dict[int, int], fraction: float, seed: int = 0) -> set[int]:
+    labels = np.asarray(list(rows.values()), dtype=np.int64)
+    hashes = [hashlib.sha256(str(content).encode()).hexdigest() for content in rows]
+    chosen = split_by_hash(labels, hashes, fraction, seed=seed)
+    return {content for content, taken in zip(rows, chosen.tolist(), strict=True) if taken}
+
+
+@given(rows=contents, fraction=fractions, order=st.randoms(use_true_random=False))
+def test_the_split_does_not_depend_on_the_order(rows: dict[int, int], fraction: float, order: object) -> None:
+    mixed = list(rows.items())
+    order.shuffle(mixed)  # type: ignore[attr-defined]
+    assert split(dict(mixed), fraction) == split(rows, fraction)
+
+
+@given(rows=contents, fraction=fractions)
+def test_each_class_gives_its_share_and_keeps_an_image(rows: dict[int, int], fraction: float) -> None:
+    chosen = split(rows, fraction)
+    for label in set(rows.values()):
+        members = {content for content, own in rows.items() if own == label}
+        assert len(members & chosen) == min(round(fraction * len(members)), len(members) - 1)
+
+
+@given(rows=contents, fraction=fractions)
+def test_a_class_is_split_without_regard_to_the_others(rows: dict[int, int], fraction: float) -> None:
+    alone = {content: label for content, label in rows.items() if label == 0}
+    assert split(alone, fraction) == {content for content in split(rows, fraction) if rows[content] == 0}
+
+
+@given(rows=contents, few=fractions, more=fractions)
+def test_a_larger_fraction_adds_to_a_smaller_one(rows: dict[int, int], few: float, more: float) -> None:
+    few, more = sorted((few, more))
+    assert split(rows, few) <= split(rows, more)
+
+
+@given(rows=contents, fraction=fractions, new=st.integers(10**6 + 1, 10**7))
+def test_a_new_image_moves_at_most_one_other(rows: dict[int, int], fraction: float, new: int) -> None:
+    moved = split(rows, fraction) ^ (split({**rows, new: 0}, fraction) - {new})
+    assert len(moved) <= 1
+
+
+def test_another_seed_is_another_split() -> None:
+    rows = dict.fromkeys(range(100), 0)
+    assert len(split(rows, 0.5) & split(rows, 0.5, seed=1)) < 40
+    assert split(rows, 0.5, seed=1) == split(rows, 0.5, seed=1)
+
+
+def test_pixels_split_into_two_parts_that_share_nothing(tree: Path) -> None:
+    found: LabelledPixels = read_pixels(read_folder(tree), EIGHT)
+    chosen = split_by_hash(found.labels, found.hashes, 1 / 3)
+    held_out, rest = found.select(chosen), found.select(~chosen)
+    assert np.bincount(held_out.labels).tolist() == [1, 1, 1]
+    assert not set(held_out.hashes) & set(rest.hashes)

@@ -1,0 +1,330 @@
+"""The gallery: immutable snapshots over a durable log."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from coterie.clusters import SMALLEST_GAP, ClassClusters
+from coterie.errors import BundleError, DataError
+from coterie.gallery import Gallery, GalleryItems, Snapshot, item_id
+from coterie.store import Store, StoredItem
+
+DIM = 8
+MakeItems = Callable[..., GalleryItems]
+Clouds = Any
+
+
+@pytest.fixture
+def clouds(cloud_class: Any) -> Any:
+    return cloud_class.make(np.random.default_rng(0), 4, DIM, 0.3)
+
+
+@pytest.fixture
+def base(clouds: Clouds, items: MakeItems) -> Snapshot:
+    """Twenty items each of "a", "b" and "c"; "d" is not known yet."""
+    embeddings, labels = clouds.draw(np.random.default_rng(1), [20, 20, 20, 0])
+    return Snapshot(items(embeddings, labels), ClassClusters.fit(embeddings, labels))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "gallery.sqlite"
+
+
+@pytest.fixture
+def gallery(base: Snapshot, path: Path) -> Gallery:
+    return Gallery(base, Store(path, encoder="e"))
+
+
+def stored(clouds: Clouds, label: str, count: int, prefix: str = "new ", seed: int = 2) -> list[StoredItem]:
+    counts = [count if name == label else 0 for name in clouds.names.tolist()]
+    embeddings, labels = clouds.draw(np.random.default_rng(seed), counts)
+    return [StoredItem(f"{prefix}{row}", labels[row], embeddings[row], {"row": row}, b"x") for row in range(count)]
+
+
+def frozen(snapshot: Snapshot) -> tuple[Any, ...]:
+    """Everything in a snapshot, copied."""
+    items, clusters = snapshot.items, snapshot.clusters
+    arrays = (items.labels, items.embeddings, items.positions, clusters.prototypes, clusters.radii, clusters.counts)
+    return (items.ids, clusters.labels, snapshot.sequence, len(snapshot.index), *(array.tobytes() for array in arrays))
+
+
+# Snapshots
+
+
+def test_the_bundles_own_gallery_is_the_first_snapshot(gallery: Gallery, base: Snapshot) -> None:
+    assert gallery.snapshot() is base
+    assert base.clusters.labels == ("a", "b", "c")
+    np.testing.assert_array_equal(np.asarray(base.clusters.labels)[base.classes], base.items.labels)
+    assert base.items.ids[base.rows["7"]] == "7"
+
+
+def test_added_items_are_part_of_the_next_snapshot(gallery: Gallery, clouds: Clouds) -> None:
+    new = stored(clouds, "d", 5)
+    gallery.add(new)
+    snapshot = gallery.snapshot()
+    assert snapshot.clusters.labels == ("a", "b", "c", "d")
+    assert snapshot.clusters.counts.tolist() == [20, 20, 20, 5]
+    assert len(snapshot.items) == 65
+    _, rows = snapshot.index.search(np.stack([item.embedding for item in new]), 1)
+    assert [snapshot.items.ids[row] for row in rows[:, 0]] == [item.id for item in new]
+    assert snapshot.items.metadata[snapshot.rows["new 3"]] == {"row": 3}
+    assert np.isnan(snapshot.items.positions[snapshot.rows["new 3"]]).all()
+
+
+def test_a_snapshot_does_not_change_under_its_reader(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 3))
+    held = gallery.snapshot()
+    before, base_before = frozen(held), frozen(base)
+    gallery.add(stored(clouds, "a", 4, prefix="more "))
+    gallery.remove(["0", "1", "new 0", "new 1", "new 2"])
+    assert gallery.snapshot() is not held
+    assert frozen(held) == before
+    assert frozen(base) == base_before
+
+
+def test_an_unchanged_gallery_gives_the_same_snapshot(gallery: Gallery, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 1))
+    assert gallery.snapshot() is gallery.snapshot()
+
+
+def test_only_the_classes_that_changed_get_new_clusters(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "b", 10))
+    after = gallery.snapshot().clusters
+    for row, label in enumerate(base.clusters.labels):
+        same = (after.prototypes[row] == base.clusters.prototypes[row]).all()
+        assert bool(same) == (label != "b")
+        assert (after.counts[row] == base.clusters.counts[row]) == (label != "b")
+        if label != "b":
+            assert after.radii[row] == base.clusters.radii[row]
+
+
+def test_removed_items_are_not_found_any_more(gallery: Gallery, base: Snapshot) -> None:
+    gone = [identifier for identifier, label in zip(base.items.ids, base.items.labels, strict=True) if label == "b"][
+        :19
+    ]
+    gallery.remove(gone)
+    snapshot = gallery.snapshot()
+    assert snapshot.clusters.counts.tolist() == [20, 1, 20]
+    assert not set(gone) & set(snapshot.items.ids)
+    _, rows = snapshot.index.search(base.items.embeddings, 41)
+    assert rows.max() == 40
+
+
+def test_a_class_whose_items_are_all_gone_vanishes(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 2))
+    gallery.remove(["new 0", "new 1"])
+    assert gallery.snapshot().clusters.labels == ("a", "b", "c")
+    gallery.remove([base.items.ids[row] for row in np.flatnonzero(base.items.labels == "b")])
+    snapshot = gallery.snapshot()
+    assert snapshot.clusters.labels == ("a", "c")
+    np.testing.assert_array_equal(np.asarray(["a", "c"])[snapshot.classes], snapshot.items.labels)
+
+
+def test_a_name_that_is_used_anew_forgets_what_it_meant(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.remove([base.items.ids[row] for row in np.flatnonzero(base.items.labels == "b")])
+    (example,) = stored(clouds, "d", 1)
+    gallery.add([StoredItem(f"twin {row}", "b", example.embedding, {}, b"") for row in range(5)])
+    clusters = gallery.snapshot().clusters
+    np.testing.assert_allclose(clusters.prototypes[1], example.embedding, atol=1e-6)
+    assert clusters.radii[1] == pytest.approx(SMALLEST_GAP)
+    assert base.clusters.radii[1] > 10 * SMALLEST_GAP
+
+
+def test_every_item_may_be_removed_and_the_gallery_filled_again(
+    gallery: Gallery, base: Snapshot, clouds: Clouds
+) -> None:
+    gallery.remove(base.items.ids)
+    empty = gallery.snapshot()
+    assert (len(empty.items), len(empty.clusters), len(empty.index)) == (0, 0, 0)
+    gallery.add(stored(clouds, "d", 1))
+    assert gallery.snapshot().clusters.labels == ("d",)
+
+
+def test_an_item_replaces_the_one_of_the_same_id(gallery: Gallery, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 1, prefix=""))  # id "0", which the bundle has too
+    snapshot = gallery.snapshot()
+    assert len(snapshot.items) == 60
+    assert snapshot.items.labels[snapshot.rows["0"]] == "d"
+    assert snapshot.clusters.counts.sum() == 60
+
+
+def test_an_item_may_come_back_after_it_was_removed(gallery: Gallery, clouds: Clouds) -> None:
+    new = stored(clouds, "d", 1)
+    gallery.add(new)
+    gallery.remove(["new 0", "5"])
+    gallery.add(new)
+    assert "new 0" in gallery.snapshot().rows
+    assert "5" not in gallery.snapshot().rows
+
+
+def test_ids_that_are_not_in_the_gallery_are_passed_over(gallery: Gallery) -> None:
+    before = gallery.snapshot()
+    gallery.remove(["no such id"])
+    assert gallery.snapshot() is before
+
+
+# Durability
+
+
+def test_changes_are_there_after_a_restart(gallery: Gallery, base: Snapshot, path: Path, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 5))
+    gallery.remove(["3", "new 4"])
+    again = Gallery(base, Store(path, encoder="e")).snapshot()
+    assert frozen(again)[:-3] == frozen(gallery.snapshot())[:-3]
+    assert "3" not in again.rows
+
+
+def test_two_processes_share_one_gallery(gallery: Gallery, base: Snapshot, path: Path, clouds: Clouds) -> None:
+    other = Gallery(base, Store(path, encoder="e"))
+    gallery.add(stored(clouds, "d", 5))
+    assert other.snapshot().clusters.labels == ("a", "b", "c", "d")
+    other.remove([f"new {row}" for row in range(5)])
+    assert gallery.snapshot().clusters.labels == ("a", "b", "c")
+
+
+def test_changes_outlive_a_swap_of_the_bundle(gallery: Gallery, base: Snapshot, path: Path, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 5))
+    gallery.remove(["0"])
+    keep = np.arange(0, 60, 2)
+    items = base.items.select(keep)
+    swapped = Gallery(Snapshot(items, ClassClusters.fit(items.embeddings, items.labels)), Store(path, encoder="e"))
+    snapshot = swapped.snapshot()
+    assert len(snapshot.items) == 30 - 1 + 5
+    assert "0" not in snapshot.rows
+
+
+def test_a_gallery_without_a_store_cannot_be_changed(base: Snapshot, clouds: Clouds) -> None:
+    gallery = Gallery(base)
+    assert gallery.snapshot() is base
+    with pytest.raises(DataError, match="without a store"):
+        gallery.add(stored(clouds, "d", 1))
+    with pytest.raises(DataError, match="without a store"):
+        gallery.remove(["0"])
+
+
+def test_bad_items_are_refused_before_anything_is_kept(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    (good,) = stored(clouds, "d", 1)
+    for label in ("", "a/b", "x" * 129):
+        with pytest.raises(DataError, match="cannot name a class"):
+            gallery.add([good, StoredItem("bad", label, good.embedding, {}, b"")])
+    for embedding in (good.embedding[:-1], good.embedding * 2, np.full(DIM, np.nan, dtype=np.float32)):
+        with pytest.raises(ValueError, match=r"shape|length"):
+            gallery.add([good, StoredItem("bad", "d", embedding, {}, b"")])
+    assert gallery.snapshot() is base
+
+
+def test_readers_always_see_whole_changes(gallery: Gallery, clouds: Clouds) -> None:
+    """Each change adds five items at once; a snapshot with part of them would break its own counts."""
+    stop = threading.Event()
+
+    def read() -> int:
+        looks = 0
+        while not stop.is_set() or not looks:
+            snapshot = gallery.snapshot()
+            assert (len(snapshot.items) - 60) % 5 == 0
+            assert snapshot.clusters.counts.sum() == len(snapshot.items) == len(snapshot.index)
+            assert (np.asarray(snapshot.clusters.labels)[snapshot.classes] == snapshot.items.labels).all()
+            looks += 1
+        return looks
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for number in range(10):
+                gallery.add(stored(clouds, "d" if number % 2 else "a", 5, prefix=f"{number} ", seed=number))
+        finally:
+            stop.set()
+        assert all(reader.result() for reader in readers)
+    assert len(gallery.snapshot().items) == 110
+
+
+# Items and their file
+
+
+def test_an_id_is_the_start_of_the_contents_hash() -> None:
+    assert item_id(b"") == "e3b0c44298fc1c149afbf4c8"
+    assert item_id(b"a") != item_id(b"b")
+
+
+def test_ids_are_unique_and_columns_of_one_length(base: Snapshot) -> None:
+    first = base.items.select(np.asarray([0]))
+    with pytest.raises(DataError, match="unique"):
+        first + first
+    with pytest.raises(ValueError, match="differ in length"):
+        GalleryItems(("1",), first.labels, first.embeddings, first.positions, (), first.metadata)
+    with pytest.raises(ValueError, match="normalise"):
+        GalleryItems(("1",), first.labels, first.embeddings * 2, first.positions, (b"",), first.metadata)
+
+
+def test_selected_and_joined_items_keep_what_belongs_to_them(base: Snapshot) -> None:
+    rows = np.asarray([5, 0, 59])
+    joined = base.items.select(rows[:2]) + base.items.select(rows[2:])
+    assert joined.ids == ("5", "0", "59")
+    assert joined.labels.tolist() == base.items.labels[rows].tolist()
+    assert [row["row"] for row in joined.metadata] == [5, 0, 59]
+    np.testing.assert_array_equal(joined.embeddings, base.items.embeddings[rows])
+
+
+def test_items_come_back_from_their_file_and_equal_items_give_equal_bytes(tmp_path: Path, base: Snapshot) -> None:
+    items = GalleryItems(
+        ids=base.items.ids,
+        labels=np.char.add(base.items.labels, " größe"),
+        embeddings=base.items.embeddings,
+        positions=np.where(np.arange(60)[:, None] % 2, np.nan, base.items.positions + 1).astype(np.float32),
+        thumbnails=tuple(bytes([row]) * row for row in range(60)),
+        metadata=tuple({"b": [row, None], "a": {"ü": "\n"}} for row in range(60)),
+    )
+    first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+    items.write(first)
+    again = GalleryItems.read(first)
+    again.write(second)
+    assert first.read_bytes() == second.read_bytes()
+    assert (again.ids, again.thumbnails, again.metadata) == (items.ids, items.thumbnails, items.metadata)
+    for name in ("labels", "embeddings", "positions"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(items, name))
+        assert getattr(again, name).dtype == getattr(items, name).dtype
+
+
+def test_the_order_of_metadata_keys_does_not_change_the_file(tmp_path: Path, base: Snapshot) -> None:
+    one = base.items.select(np.asarray([0]))
+    for name, metadata in (("first", {"a": 1, "b": 2}), ("second", {"b": 2, "a": 1})):
+        columns = (one.ids, one.labels, one.embeddings, one.positions, one.thumbnails)
+        GalleryItems(*columns, (metadata,)).write(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_an_empty_gallery_has_a_file_too(tmp_path: Path) -> None:
+    GalleryItems.enrolled((), DIM).write(tmp_path / "empty")
+    items = GalleryItems.read(tmp_path / "empty")
+    assert (len(items), items.embeddings.shape, items.positions.shape) == (0, (0, DIM), (0, 2))
+
+
+def test_other_files_are_no_gallery(tmp_path: Path, base: Snapshot) -> None:
+    base.items.write(tmp_path / "good")
+    table = pq.read_table(tmp_path / "good")
+    vectors = table["embedding"]
+    broken = {
+        "without labels": table.drop_columns(["label"]),
+        "ragged": table.set_column(2, "embedding", pa.array(vectors.to_pylist(), pa.list_(pa.float32()))),
+        "not of unit length": table.set_column(
+            2, "embedding", pa.array([[2.0] * DIM] * 60, pa.list_(pa.float32(), DIM))
+        ),
+        "twice the same id": table.set_column(0, "id", pa.array(["same"] * 60)),
+        "null metadata": table.set_column(5, "metadata", pa.array([None] * 60, pa.string())),
+        "metadata of another kind": table.set_column(5, "metadata", pa.array(["{"] * 60)),
+    }
+    for name, content in broken.items():
+        pq.write_table(content, tmp_path / name)
+    (tmp_path / "text").write_text("no table")
+    (tmp_path / "cut short").write_bytes((tmp_path / "good").read_bytes()[:-10])
+    for name in (*broken, "text", "cut short", "missing"):
+        with pytest.raises(BundleError, match=f"{name} is not a gallery"):
+            GalleryItems.read(tmp_path / name)

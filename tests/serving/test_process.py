@@ -1,0 +1,169 @@
+"""The real service in processes of its own, as users start it."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from PIL import Image
+
+from coterie.bundle import Bundle
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEADLINE = 60.0
+
+
+def environment(home: Path, **changes: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("COTERIE_", "BENTOML_"))}
+    return inherited | {"BENTOML_HOME": str(home / "bentoml"), "COTERIE_STATE": str(home / "state")} | changes
+
+
+@contextmanager
+def serving(target: str, home: Path, *, cwd: Path = PROJECT, **changes: str) -> Iterator[httpx.Client]:
+    """Run `bentoml serve target` until the block ends; the client speaks to it once it is ready."""
+    home.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bentoml", "serve", target, "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment(home, **changes), stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+                wait_until_ready(client, process, home / "log")
+                yield client
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                code = process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert code == 0, (home / "log").read_text()
+
+
+def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError(f"the service did not become ready:\n{log.read_text()}")
+
+
+def jpeg(png: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def test_real_images_get_the_answers_that_the_bundle_gives_offline(
+    tiny_bundle: Bundle, digit_images, tmp_path: Path
+) -> None:
+    images = [*digit_images.images[:3], *(jpeg(image) for image in digit_images.images[3:6])]
+    expected = tiny_bundle.classify(images)
+    with serving("serving.service:Coterie", tmp_path, COTERIE_BUNDLE=str(tiny_bundle.path)) as client:
+        raw = [
+            client.post("/v1/classify", content=image, headers={"content-type": kind})
+            for image, kind in zip(images, ["image/png"] * 3 + ["image/jpeg"] * 3, strict=True)
+        ]
+        files = [("images", (f"image{i}", image)) for i, image in enumerate(images)]
+        together = client.post("/v1/classify", files=files)
+        assert [response.status_code for response in [*raw, together]] == [200] * 7
+        for entries in ([response.json()["data"][0] for response in raw], together.json()["data"]):
+            assert [entry["label"] for entry in entries] == [answer.label for answer in expected]
+            for field in ("probability", "threshold", "similarity"):
+                wanted = [getattr(answer, field) for answer in expected]
+                assert [entry[field] for entry in entries] == pytest.approx(wanted, abs=1e-6)
+        assert together.headers["x-bundle-id"] == tiny_bundle.manifest.id
+
+        vectors = [entry["embedding"] for entry in client.post("/v1/embeddings", files=files).json()["data"]]
+        for vector, wanted in zip(vectors, tiny_bundle.embed(images), strict=True):
+            assert vector == pytest.approx(wanted.tolist(), abs=1e-6)
+
+        refused = client.post("/v1/classify", content=b"no image")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_image")
+        assert client.get("/nope").json()["error"]["code"] == "unknown_route"
+        assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
+    assert (tmp_path / "state" / "tiny-digits" / "gallery.sqlite").is_file()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what a Bento is built from; the checkout itself may have a bundle lying in it."""
+    root = tmp_path / "project"
+    for name in ("coterie", "serving"):
+        shutil.copytree(PROJECT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT / "bentofile.yaml", root)
+    return root
+
+
+def ending(home: Path, *, cwd: Path, **changes: str) -> str:
+    """What `bentoml serve` in `cwd` says on stderr before it ends by itself."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve"],
+        cwd=cwd,
+        env=environment(home, **changes),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 2
+    return done.stderr
+
+
+def test_without_a_bundle_it_ends_with_one_line_that_names_the_remedy(project: Path, tmp_path: Path) -> None:
+    (line,) = ending(tmp_path, cwd=project).splitlines()
+    assert "coterie export" in line and "COTERIE_BUNDLE" in line
+
+
+def test_with_a_damaged_bundle_it_ends_with_one_line(tiny_bundle: Bundle, project: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle.path, tmp_path / "damaged")
+    model = tmp_path / "damaged" / "model.onnx"
+    content = bytearray(model.read_bytes())
+    content[100] ^= 1
+    model.write_bytes(content)
+    (line,) = ending(tmp_path, cwd=project, COTERIE_BUNDLE=str(tmp_path / "damaged")).splitlines()
+    assert "model.onnx is damaged" in line
+
+
+def test_a_bento_carries_its_bundle_wherever_it_is_moved(
+    tiny_bundle: Bundle, digit_images, project: Path, tmp_path: Path
+) -> None:
+    build = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
+    options = {"cwd": project, "env": environment(tmp_path / "here"), "capture_output": True, "text": True}
+    without = subprocess.run(build, **options)  # type: ignore[call-overload]
+    assert without.returncode != 0 and "bundle/README.md not found" in without.stderr
+
+    shutil.copytree(tiny_bundle.path, project / "bundle")
+    subprocess.run(build, check=True, **options)  # type: ignore[call-overload]
+    (bento,) = (tmp_path / "here" / "bentoml" / "bentos" / "coterie").glob("*/")
+    assert "BENTOML_HOST=0.0.0.0" in (bento / "env" / "docker" / "Dockerfile").read_text()
+    shutil.move(bento, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "here")
+    shutil.rmtree(project)
+
+    with serving(str(tmp_path / "moved"), tmp_path / "there", cwd=tmp_path) as client:
+        (entry,) = client.post("/v1/classify", content=digit_images.images[0]).json()["data"]
+        assert entry["label"] == tiny_bundle.classify(digit_images.images[:1])[0].label
+        assert client.get("/v1/bundle").json()["id"] == tiny_bundle.manifest.id
+
+
+def test_the_bentos_packages_are_the_base_dependencies() -> None:
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert yaml.safe_load((PROJECT / "bentofile.yaml").read_text())["python"]["packages"] == declared

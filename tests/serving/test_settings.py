@@ -1,0 +1,41 @@
+"""What the environment says, and what stays silent."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coterie.errors import DeviceError
+from serving.settings import Settings
+
+
+def test_defaults_and_empty_variables_are_the_same() -> None:
+    defaults = Settings.from_environment({})
+    assert defaults == Settings.from_environment({"COTERIE_BUNDLE": "", "COTERIE_STATE": "", "COTERIE_DEVICE": ""})
+    assert defaults.bundle is None and defaults.device == "auto"
+    assert defaults.state.is_absolute() and defaults.state.name == "coterie"
+
+
+def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_environment({"COTERIE_BUNDLE": "some/bundle", "COTERIE_STATE": "~/state"})
+    assert settings.bundle == tmp_path / "some/bundle"
+    assert settings.state == Path("~/state").expanduser()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "cuda:", "cpu:0"])
+def test_no_such_device(device: str) -> None:
+    with pytest.raises(DeviceError, match="COTERIE_DEVICE"):
+        Settings.from_environment({"COTERIE_DEVICE": device})
+
+
+def test_usage_tracking_is_off_even_if_bentoml_has_asked_before() -> None:
+    script = (
+        "import os; os.environ.pop('BENTOML_DO_NOT_TRACK', None)\n"
+        "from bentoml._internal.utils.analytics.usage_stats import do_not_track\n"
+        "assert not do_not_track()\n"
+        "import serving\n"
+        "assert do_not_track()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,129 @@
+"""Training on real digits, for an epoch or three: what is written, what resumes, what is refused."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from coterie.errors import DataError, RecipeError
+from training.encoders import CifarResNet
+from training.pretrain import train
+from training.recipe import load_recipe
+from training.run import Run
+
+SMALL = ["encoder.name=cifar_resnet8", "encoder.width=8", "schedule.epochs=3", "schedule.warmup_epochs=0"]
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe("digits", SMALL)
+
+
+def weights(run):
+    return hashlib.sha256((run.path / "encoder.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_holds_everything_the_contract_names(tiny_run):
+    names = {file.name for file in tiny_run.path.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "dataset.json",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoint.pt",
+        "encoder.safetensors",
+        "encoder.json",
+    }
+    rows = tiny_run.metrics()
+    assert [row["epoch"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["knn_top1"] > 0.5  # eight classes: chance is 0.125
+    dataset = json.loads((tiny_run.path / "dataset.json").read_text())
+    assert dataset["classes"] == list("01234567")
+    assert not set(dataset["split"]["train"]) & set(dataset["split"]["calibration"])
+
+
+def test_the_checkpoint_holds_no_pickled_objects(tiny_run):
+    state = torch.load(tiny_run.path / "checkpoint.pt", weights_only=True)
+    assert state["epochs_done"] == len(tiny_run.metrics())
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(digit_tree, recipe, tmp_path, monkeypatch):
+    whole, _ = train(digit_tree, recipe, tmp_path / "whole")
+
+    save = Run.save_checkpoint
+
+    def save_and_die(run, state):
+        save(run, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(digit_tree, recipe, tmp_path / "broken")
+    with pytest.raises(RecipeError, match="not finished"):
+        Run.open(tmp_path / "broken")
+    monkeypatch.undo()
+
+    with pytest.raises(RecipeError, match="--resume"):
+        train(digit_tree, recipe, tmp_path / "broken")
+    resumed, _ = train(digit_tree, recipe, tmp_path / "broken", resume=True)
+    assert weights(resumed) == weights(whole)
+    assert [row["loss"] for row in resumed.metrics()] == [row["loss"] for row in whole.metrics()]
+
+
+def test_resuming_with_another_recipe_or_other_images_is_refused(digit_tree, tiny_run, tmp_path):
+    with pytest.raises(RecipeError, match="another recipe"):
+        train(digit_tree, load_recipe("digits"), tiny_run.path, resume=True)
+    next((digit_tree / "3").iterdir()).unlink()
+    with pytest.raises(RecipeError, match="other images"):
+        train(digit_tree, tiny_run.recipe(), tiny_run.path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(digit_tree, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.losses.SupConLoss.forward", lambda self, z, labels, **_: z.sum() * float("nan"))
+    with pytest.raises(RecipeError, match=r"lower optimizer\.lr"):
+        train(digit_tree, recipe, tmp_path / "run")
+
+
+def test_one_class_or_one_image_is_refused(digit_tree, recipe, tmp_path):
+    for label in "1234567":
+        for file in (digit_tree / label).iterdir():
+            file.unlink()
+        (digit_tree / label).rmdir()
+    with pytest.raises(DataError, match="only 1 class"):
+        train(digit_tree, recipe, tmp_path / "run")
+    (digit_tree / "1").mkdir()
+    next((digit_tree / "0").iterdir()).rename(digit_tree / "1" / "lonely.png")
+    with pytest.raises(DataError, match=r"'1' .* only 1 image"):
+        train(digit_tree, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_saved_encoder_gives_the_trained_ones_features(tiny_run):
+    encoder, spec = tiny_run.load_encoder()
+    assert not encoder.training
+    assert spec.preprocessing.input_size == (16, 16)
+    assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, encoder.dim)
+    assert not torch.equal(encoder.whitener, torch.eye(encoder.dim))
+
+
+def test_a_damaged_encoder_is_one_clear_error(tiny_run_copy):
+    weights_file = tiny_run_copy.path / "encoder.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:100])
+    with pytest.raises(RecipeError, match="cannot be read"):
+        tiny_run_copy.load_encoder()
+
+
+@pytest.mark.parametrize(("depth", "convolutions"), [(8, 7 + 2), (20, 19 + 2)])
+def test_resnets_have_the_depth_in_their_name(depth, convolutions):
+    # 6n+2 layers: a stem, 6n convolutions in blocks, a classifier we do not have; and two projections on shortcuts.
+    net = CifarResNet(depth)
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in net.modules()) == convolutions
+
+
+def test_unknown_encoders_are_refused_with_names_to_choose_from(digit_tree, tmp_path):
+    with pytest.raises(RecipeError, match="cifar_resnet8"):
+        train(digit_tree, load_recipe("digits", ["encoder.name=resnet9000"]), tmp_path / "run")
+    with pytest.raises(RecipeError, match="resnet18"):
+        train(digit_tree, load_recipe("digits", ["encoder.name=timm:resnet18x"]), tmp_path / "other")

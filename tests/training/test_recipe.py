@@ -1,0 +1,60 @@
+"""Recipes: what is accepted, what is refused, and with which words."""
+
+import pytest
+
+from coterie.errors import RecipeError
+from training.recipe import Recipe, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_valid_and_bear_their_files_name(name):
+    assert load_recipe(name).name == name
+
+
+def test_settings_replace_single_values():
+    recipe = load_recipe(
+        "digits", ["optimizer.lr=0.3", "data.preprocessing.input_size=[8, 8]", "loss.positives_cap=null"]
+    )
+    assert recipe.optimizer.lr == 0.3
+    assert recipe.data.preprocessing.input_size == (8, 8)
+    assert recipe.loss.positives_cap is None
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path):
+    recipe = load_recipe("digits", ["seed=7"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.speed=1", "optimizer.speed"),
+        ("schedule.epochs=none", "schedule.epochs"),
+        ("optimizer.lr", "key=value"),
+        ("name.lr=1", "name holds a value"),
+        ("data.cache_size=[8, 8]", "smaller than"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting, named):
+    with pytest.raises(RecipeError, match=named):
+        load_recipe("digits", [setting])
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(RecipeError, match="digits"):
+        load_recipe("no-such-recipe")
+
+
+def test_a_file_that_is_not_yaml_is_refused(tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(str(tmp_path / "broken.yaml"))
+
+
+def test_a_recipe_cannot_be_changed():
+    recipe = load_recipe("digits")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+    assert isinstance(recipe, Recipe)

@@ -1,0 +1,245 @@
+"""The objectives a recipe can name, in one shape: `objective(z, labels, n_views=…)` returns a scalar.
+
+SupCon's family is `training.losses`; triplet and large-margin softmax are pytorch-metric-learning's,
+cross-entropy is torch's. This module says what each wants (embedding or projection, how many views, which
+labels), holds the classifier of those that learn one, and knows no encoder.
+"""
+
+import inspect
+from enum import StrEnum
+from typing import ClassVar
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import LargeMarginSoftmaxLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BatchEasyHardMiner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.batch_checks import check_batch
+from training.losses import SupConLoss
+
+__all__ = ["Objective", "ObjectiveModule", "build_objective"]
+
+
+class Objective(StrEnum):
+    """Names of the objectives, as recipes spell them."""
+
+    SUPCON = "supcon"
+    SIMCLR = "simclr"
+    N_PAIRS = "n_pairs"
+    TRIPLET = "triplet"
+    MAX_MARGIN = "max_margin"
+    CROSS_ENTROPY = "cross_entropy"
+
+
+class ObjectiveModule(nn.Module):
+    """A loss and what a trainer must know to feed it.
+
+    Called with z (n, d), labels (n,) int64 and n_views: the rows are n_views stacked blocks of the same
+    images in the same order. Returns a scalar of at least float32 precision. Objectives with a classifier
+    have parameters, which belong to an optimiser beside the encoder's.
+    """
+
+    uses_projection: ClassVar[bool] = True  # z is the projection head's output, else the encoder's before it
+    min_views: ClassVar[int] = 1
+    max_views: ClassVar[int | None] = None
+    soft_labels: ClassVar[bool] = False  # class probabilities (n, C) may stand for labels
+    takes_keys: ClassVar[bool] = False  # a labelled queue may be given as keys and key_labels
+
+    @property
+    def uses_embedding(self) -> bool:
+        """Whether z is the encoder's own output; such an objective needs no projection head."""
+        return not self.uses_projection
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, z: Tensor, labels: Tensor, n_views: int) -> None:
+        check_batch(z, labels, n_views=n_views, values=False)
+        if n_views < self.min_views or (self.max_views is not None and n_views > self.max_views):
+            wanted = f"at least {self.min_views}" if self.max_views is None else f"{self.max_views}"
+            raise ValueError(f"{type(self).__name__} needs {wanted} view(s) of each image, not {n_views}")
+        if labels.is_floating_point() and not self.soft_labels:
+            raise ValueError(
+                f"{type(self).__name__} needs integer labels, not class probabilities {tuple(labels.shape)}"
+            )
+
+
+class SupCon(SupConLoss, ObjectiveModule):
+    """Supervised contrastive: `SupConLoss` with all its options, eqs. 2 and 3 of arXiv 2004.11362."""
+
+    soft_labels = True
+    takes_keys = True
+
+
+class SimCLR(ObjectiveModule):
+    """Self-supervised contrastive: eq. 1 of arXiv 2004.11362, L_out with the image's index as its label.
+
+    The labels are ignored. The paper's CIFAR runs use τ = 0.5, its ImageNet runs 0.1.
+    """
+
+    min_views = 2
+    soft_labels = True
+
+    def __init__(self, *, temperature: float = 0.5, scale_by_temperature: bool = False) -> None:
+        super().__init__()
+        self.loss = SupConLoss(temperature=temperature, scale_by_temperature=scale_by_temperature)
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        self._check(z, labels, n_views)
+        images = torch.arange(z.shape[0] // n_views, device=z.device)
+        loss: Tensor = self.loss(z, images.repeat(n_views), n_views=n_views)
+        return loss
+
+
+class NPairs(ObjectiveModule):
+    """N-pairs as a form of L_out (arXiv 2004.11362, supplement): τ = 1, one view, one positive.
+
+    The positive is another image of the class; the rest of the class is ignored.
+    """
+
+    max_views = 1
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.loss = SupConLoss(temperature=temperature, positives_cap=1)
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        self._check(z, labels, n_views)
+        loss: Tensor = self.loss(z, labels, n_views=n_views)
+        return loss
+
+
+class Triplet(ObjectiveModule):
+    """Triplet margin loss on unit vectors, one mined positive and negative for each anchor.
+
+        L = max(0, z_a·z_n - z_a·z_p + margin), averaged over the triplets that violate it
+
+    On the unit sphere this is half the loss of squared distances with margin 2·margin; the contrastive loss
+    with one positive and one negative tends to the latter with margin 2τ (arXiv 2004.11362, its supplement),
+    so that the default 0.1 corresponds to τ = 0.1. Mining is pytorch-metric-learning's BatchEasyHardMiner: by
+    default the nearest positive and the nearest negative beyond it, which unlike the hardest pairs does not
+    collapse from random weights. Peak memory: several arrays (n, n).
+    """
+
+    def __init__(
+        self, *, margin: float = 0.1, positive_mining: str = "easy", negative_mining: str = "semihard"
+    ) -> None:
+        super().__init__()
+        if margin <= 0:
+            raise ValueError(f"margin must be positive, not {margin}")
+        self.miner = BatchEasyHardMiner(
+            pos_strategy=positive_mining, neg_strategy=negative_mining, distance=CosineSimilarity()
+        )
+        self.loss = TripletMarginLoss(margin=margin, distance=CosineSimilarity())
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        self._check(z, labels, n_views)
+        with torch.autocast(z.device.type, enabled=False):
+            z = _at_least_float32(z)
+            loss: Tensor = self.loss(z, labels, self.miner(z, labels))
+        return loss
+
+
+class MaxMargin(ObjectiveModule):
+    """Large-margin softmax, the max-margin row of the paper's table 2 (arXiv 1612.02295, eqs. 6 and 7).
+
+        L = -log softmax(‖W_c‖ ‖x‖ cos θ_c)_y, where ψ(θ_y) = (-1)^k cos(m θ_y) - 2k stands for cos θ_y
+        and k is the integer with θ_y in [k π/m, (k + 1) π/m]
+
+    Acts on the encoder's output; the length of z matters. m = 1 is softmax without bias.
+    """
+
+    uses_projection = False
+
+    def __init__(self, *, n_classes: int, embedding_dim: int, margin: int = 4, scale: float = 1.0) -> None:
+        super().__init__()
+        if margin < 1 or margin != int(margin):
+            raise ValueError(f"margin must be a positive integer, not {margin}")
+        self.loss = LargeMarginSoftmaxLoss(n_classes, embedding_dim, margin=margin, scale=scale)
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        self._check(z, labels, n_views)
+        with torch.autocast(z.device.type, enabled=False):
+            loss: Tensor = self.loss(_at_least_float32(z), labels)
+        return loss
+
+
+class CrossEntropy(ObjectiveModule):
+    """Softmax cross-entropy of a linear classifier on the encoder's output: the baseline of every table.
+
+    L = -log softmax(W x + b)_y, averaged over rows; with class_weights, weighted by the label's
+    """
+
+    uses_projection = False
+    soft_labels = True
+
+    def __init__(
+        self,
+        *,
+        n_classes: int,
+        embedding_dim: int,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if class_weights is not None and class_weights.shape != (n_classes,):
+            raise ValueError(f"class_weights must be ({n_classes},), not {tuple(class_weights.shape)}")
+        self.classifier = nn.Linear(embedding_dim, n_classes)
+        self.label_smoothing = label_smoothing
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
+        self._check(z, labels, n_views)
+        with torch.autocast(z.device.type, enabled=False):
+            z = _at_least_float32(z)
+            targets = labels.to(z.dtype) if labels.is_floating_point() else labels
+            weights = None if self.class_weights is None else self.class_weights.to(z.dtype)
+            logits = F.linear(z, self.classifier.weight.to(z.dtype), self.classifier.bias.to(z.dtype))
+            return F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing)
+
+
+_MODULES: dict[Objective, type[ObjectiveModule]] = {
+    Objective.SUPCON: SupCon,
+    Objective.SIMCLR: SimCLR,
+    Objective.N_PAIRS: NPairs,
+    Objective.TRIPLET: Triplet,
+    Objective.MAX_MARGIN: MaxMargin,
+    Objective.CROSS_ENTROPY: CrossEntropy,
+}
+
+
+def build_objective(
+    objective: Objective | str,
+    *,
+    n_classes: int | None = None,
+    embedding_dim: int | None = None,
+    **options: object,
+) -> ObjectiveModule:
+    """Builds an objective from its name and its options, which are its class's keyword arguments.
+
+    n_classes and embedding_dim may always be given; only objectives with a classifier use them.
+
+    Raises:
+        ValueError: unknown name, an option that this objective has not, or one it lacks.
+    """
+    try:
+        module = _MODULES[Objective(objective)]
+    except ValueError:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(Objective)}") from None
+    parameters = inspect.signature(module).parameters
+    sizes = {"n_classes": n_classes, "embedding_dim": embedding_dim}
+    missing = [name for name, value in sizes.items() if name in parameters and value is None]
+    if missing:
+        raise ValueError(f"{objective} learns a classifier: give {' and '.join(missing)}")
+    known = [name for name in parameters if name not in sizes]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{objective} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
+    return module(**options, **{name: value for name, value in sizes.items() if name in parameters})
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
