@@ -16,9 +16,9 @@ __all__ = ["ClassClusters", "cluster_similarities", "gaps", "left_out_gaps", "le
 SMALLEST_GAP = 1e-3
 # How many members' worth of evidence the typical radius of all classes counts for against a class's own.
 PRIOR_MEMBERS = 5.0
-# The cluster of a class enrolled later ends where this share of the other classes' items would begin to fall in. On
-# scikit-learn's digits it keeps the false rejects of a class of five examples near the 5 % asked for, and takes the
-# share of a third, unknown class that is given its label from 0.30 to 0.19.
+# The cluster of a class enrolled later ends where this share of the other classes' items would begin to fall in. For
+# scikit-learn's digits (five examples, three seeds of twenty draws) the new class's label is then given to 0.21 instead
+# of 0.40 of the images of another, unknown digit; right and accepted answers fall from 0.87 to 0.80.
 STRANGERS_WITHIN = 0.2
 WIDEST_GAP = 2.0
 

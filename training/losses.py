@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from training.batch_checks import check_batch
 from training.pairwise import others_logsumexp
-from training.positives import CappedPositives, ClassPositives, Positives, SoftPositives
+from training.positives import CappedPositives, ClassPositives, Positives, SoftPositives, SummablePositives
 
 __all__ = ["BatchDiagnostics", "Denominator", "Summation", "SupConLoss", "batch_diagnostics"]
 
@@ -157,14 +157,14 @@ class SupConLoss(nn.Module):
             if self.positives_cap is not None:
                 assert n_views is not None  # check_batch
                 capped = CappedPositives.from_labels(labels, n_views, self.positives_cap, z.dtype)
-                per_anchor = self._blockwise(z, columns, capped)
+                loss = self._blockwise(z, columns, capped)
             else:
                 positives = _positives(labels, key_labels, z.dtype)
                 fast = self.summation is Summation.OUTSIDE and self.denominator is Denominator.ALL
-                per_anchor = self._class_sums(z, columns, positives) if fast else self._blockwise(z, columns, positives)
-            return per_anchor * self.temperature if self.scale_by_temperature else per_anchor
+                loss = (self._class_sums if fast else self._blockwise)(z, columns, positives)
+            return loss * self.temperature if self.scale_by_temperature else loss
 
-    def _class_sums(self, z: Tensor, columns: Tensor, positives: ClassPositives | SoftPositives) -> Tensor:
+    def _class_sums(self, z: Tensor, columns: Tensor, positives: SummablePositives) -> Tensor:
         keys = columns[z.shape[0] :].detach() if columns.shape[0] > z.shape[0] else None
         lse = others_logsumexp(z, temperature=self.temperature, keys=keys)
         weight = positives.weight
@@ -200,17 +200,13 @@ class SupConLoss(nn.Module):
         """L_i of some anchors (b,), by the class docstring's formulas over arrays (b, n + k)."""
         logits = z @ columns.T / self.temperature
         w, v = positives.block(anchors)
-        weight = weight[anchors]
-        negatives = (logits + _log(v)).logsumexp(1)  # (b,)
+        compared = w + v if self.denominator is Denominator.ALL else v
+        log_ratio = logits - (logits + _log(compared)).logsumexp(1, keepdim=True)
         if self.denominator is Denominator.ONE_POSITIVE:
-            log_ratio = logsigmoid(logits - negatives[:, None])  # of exp S_ip to D_i(p)
-        elif self.denominator is Denominator.ONLY_NEGATIVES:
-            log_ratio = logits - negatives[:, None]
-        else:
-            log_ratio = logits - (logits + _log(w + v)).logsumexp(1, keepdim=True)
+            log_ratio = logsigmoid(log_ratio)  # exp S_ip / (exp S_ip + Σ) from exp S_ip / Σ
         if self.summation is Summation.OUTSIDE:
-            return -(w * log_ratio).sum(1) / weight
-        return weight.log() - (log_ratio + _log(w)).logsumexp(1)
+            return -(w * log_ratio).sum(1) / weight[anchors]
+        return weight[anchors].log() - (log_ratio + _log(w)).logsumexp(1)
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ def batch_diagnostics(
         )
 
 
-def _positives(labels: Tensor, key_labels: Tensor | None, dtype: torch.dtype) -> ClassPositives | SoftPositives:
+def _positives(labels: Tensor, key_labels: Tensor | None, dtype: torch.dtype) -> SummablePositives:
     kind = SoftPositives if labels.is_floating_point() else ClassPositives
     return kind.from_labels(labels, key_labels, dtype)
 

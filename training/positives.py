@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CappedPositives", "ClassPositives", "Positives", "SoftPositives"]
+__all__ = ["CappedPositives", "ClassPositives", "Positives", "SoftPositives", "SummablePositives"]
 
 
 class Positives(Protocol):
@@ -30,6 +30,8 @@ class Positives(Protocol):
 
 
 class SummablePositives(Positives, Protocol):
+    """Those whose sums per anchor need no pairs."""
+
     def weighted_sum(self, columns: Tensor) -> Tensor:
         """(n, d) Σ_a w_ia z_a for columns (n + k, d), by class sums: O((n + k)·d), differentiable."""
 

@@ -348,7 +348,7 @@ def test_a_broken_encoder_turns_readiness_off_until_it_answers_again(
 
 
 def broken(*_: Any) -> Any:
-    raise RuntimeError("secret detail in /home/somebody")
+    raise RuntimeError("secret detail in /srv/somebody")
 
 
 def test_an_encoder_that_hangs_turns_readiness_off(
