@@ -36,6 +36,8 @@ FALSE_REJECT_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 RADIUS_WEIGHT = 0.3
 EPISODE_EXAMPLES = 5
 MOST_EPISODES = 10
+# The grid search takes time and memory in proportion; a few thousand images tell its settings apart.
+MOST_FITTING_IMAGES = 2000
 
 
 class Calibration(BaseModel):
@@ -124,7 +126,7 @@ class Scores:
         cluster_similarities: float32 (n, c).
         deviations: float64 (n,), of each query from its most probable class's cluster.
         best: int64 (n,), the most probable class.
-        neighbors, similarities: rows of the snapshot's items, and their similarities; (n, k).
+        neighbors, similarities: rows of the snapshot's nearest items, and their similarities; (n, k).
     """
 
     probabilities: NDArray[np.float64]
@@ -139,24 +141,31 @@ class Scores:
         return np.asarray(self.cluster_similarities[np.arange(len(self.best)), self.best] >= thresholds[self.best])
 
 
-def score(embeddings: NDArray[np.float32], snapshot: Snapshot, calibration: Calibration) -> Scores:
+def score(
+    embeddings: NDArray[np.float32], snapshot: Snapshot, calibration: Calibration, *, neighbors: int = 0
+) -> Scores:
     """Score unit-length embeddings (n, d) against every class of the snapshot.
+
+    Args:
+        neighbors: how many nearest items to return, if more than the `n_neighbors` that vote.
 
     Raises:
         DataError: the snapshot has no items.
     """
     if not len(snapshot.items):
         raise DataError("the gallery is empty: add examples of a class first")
-    similarities, neighbors = snapshot.index.search(embeddings, calibration.n_neighbors)
+    k = calibration.n_neighbors
+    similarities, rows = snapshot.index.search(embeddings, max(k, neighbors))
     to_clusters = cluster_similarities(embeddings, snapshot.clusters)
-    votes = _log_votes(similarities, snapshot.classes[neighbors], snapshot.clusters.counts, calibration.temperature)
+    votes = _log_votes(
+        similarities[:, :k], snapshot.classes[rows[:, :k]], snapshot.clusters.counts, calibration.temperature
+    )
     closeness = _closeness(to_clusters, snapshot.clusters.radii)
     logits = calibration.vote_weight * votes + calibration.cluster_weight * closeness
     probabilities = _softmax(logits)
     best = logits.argmax(axis=1)
-    rows = np.arange(len(best))
-    deviations = _deviations(to_clusters[rows, best], snapshot.clusters.radii[best])
-    return Scores(probabilities, to_clusters, deviations, best, neighbors, similarities)
+    deviations = _deviations(to_clusters[np.arange(len(best)), best], snapshot.clusters.radii[best])
+    return Scores(probabilities, to_clusters, deviations, best, rows, similarities)
 
 
 def classify(
@@ -173,10 +182,10 @@ def classify(
     Args:
         false_reject: the share of known images that may be called unknown; one of those calibrated.
         top: how many classes to list.
-        neighbors: how many gallery items to list, at most `calibration.n_neighbors`.
+        neighbors: how many gallery items to list.
     """
     thresholds = snapshot.clusters.thresholds(calibration.limit(false_reject))
-    scores = score(embeddings, snapshot, calibration)
+    scores = score(embeddings, snapshot, calibration, neighbors=neighbors)
     clusters, items = snapshot.clusters, snapshot.items
     accepted = scores.accepted(thresholds)
     answers = []
@@ -226,7 +235,8 @@ def calibrate(
     embeddings, truth = embeddings[usable], np.searchsorted(names, labels[usable])
     if not len(truth):
         raise CoterieError("no held-out image belongs to a class of the gallery: calibration needs some of each")
-    settings = _most_likely([snapshot, *_episodes(snapshot)], embeddings, truth)
+    some = slice(None, None, -(-len(truth) // MOST_FITTING_IMAGES))
+    settings = _most_likely([snapshot, *_episodes(snapshot)], embeddings[some], truth[some])
     fitted = Calibration(**settings, limits={}, confidence=confidence, images=len(truth))
     deviations = np.sort(_unseen_deviations(embeddings, truth, snapshot, fitted))
     limits = {f"{rate:g}": _limit(deviations, rate, confidence) for rate in FALSE_REJECT_RATES}

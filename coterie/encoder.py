@@ -20,7 +20,7 @@ __all__ = ["BUCKETS", "Encoder", "processors"]
 
 logger = logging.getLogger("coterie.encoder")
 
-# Batches are padded up to these sizes: on GPUs every new shape costs a search for convolution algorithms.
+# On GPUs, where every new shape costs a search for convolution algorithms, batches are padded up to these sizes.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -53,6 +53,7 @@ class Encoder:
         # By default a failing GPU session moves itself to the CPU for good and says so only on stdout.
         self._session.disable_fallback()
         self.provider: str = self._session.get_providers()[0]
+        self._any_batch = self.provider == "CPUExecutionProvider"
         if device.startswith("cuda") and self.provider != "CUDAExecutionProvider":
             raise DeviceError(_no_cuda(device))
         self.input_size, self.dim = _shapes(self._session, model)
@@ -94,7 +95,7 @@ class Encoder:
 
     def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         count = len(pixels)
-        bucket = next(size for size in BUCKETS if size >= count)
+        bucket = count if self._any_batch else next(size for size in BUCKETS if size >= count)
         if bucket != count:
             padded = np.zeros((bucket, *pixels.shape[1:]), dtype=np.uint8)
             padded[:count] = pixels

@@ -48,7 +48,7 @@ class ClassifyQuery(_Request):
     Attributes:
         false_reject: share of known images that may be called unknown; one of those the bundle is calibrated for.
         top: how many classes to list at most.
-        neighbors: how many gallery items to list at most; there are never more than the classifier looks at.
+        neighbors: how many gallery items to list.
     """
 
     false_reject: float = Field(default=0.05, gt=0, lt=1)

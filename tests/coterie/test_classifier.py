@@ -162,9 +162,9 @@ def test_a_query_far_from_every_cluster_is_unknown_but_still_has_nearest_classes
 
 
 def test_more_classes_or_neighbours_than_there_are_gives_all(snapshot: Snapshot, held_out: Labelled) -> None:
-    (answer,) = classify(held_out[0][:1], snapshot, SETTINGS, top=100, neighbors=100)
+    (answer,) = classify(held_out[0][:1], snapshot, SETTINGS, top=100, neighbors=100_000)
     assert len(answer.classes) == 6
-    assert len(answer.neighbors) == SETTINGS.n_neighbors
+    assert len(answer.neighbors) == len(snapshot.items)
 
 
 def test_a_rate_that_was_not_calibrated_is_refused_with_those_that_were(snapshot: Snapshot, held_out: Labelled) -> None:
@@ -316,3 +316,14 @@ def test_a_calibration_survives_json_and_refuses_nonsense(snapshot: Snapshot, he
     for wrong in ({"n_neighbors": 0}, {"temperature": 0.0}, {"vote_weight": -1.0}, {"extra": 1}):
         with pytest.raises(ValidationError):
             Calibration.model_validate(calibration.model_dump() | wrong)
+
+
+def test_more_neighbors_may_be_listed_than_vote(tiny_bundle, digit_images) -> None:  # type: ignore[no-untyped-def]
+    embeddings = tiny_bundle.embed(digit_images.images[:4])
+    calibration = tiny_bundle.manifest.calibration
+    few = classify(embeddings, tiny_bundle.base, calibration, neighbors=3)
+    many = classify(embeddings, tiny_bundle.base, calibration, neighbors=calibration.n_neighbors + 30)
+    assert [len(answer.neighbors) for answer in many] == [calibration.n_neighbors + 30] * 4
+    for less, more in zip(few, many, strict=True):
+        assert more.neighbors[:3] == less.neighbors
+        assert (more.label, more.probability, more.classes) == (less.label, less.probability, less.classes)
