@@ -1,7 +1,6 @@
 """Optimisers by name and the learning rate's course."""
 
 import math
-from collections.abc import Iterable
 
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -15,10 +14,10 @@ __all__ = ["build_optimizer", "learning_rate"]
 TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw", "lars": "lars", "rmsprop": "rmsprop"}
 
 
-def build_optimizer(config: OptimizerSection, modules: Iterable[nn.Module]) -> Optimizer:
+def build_optimizer(config: OptimizerSection, modules: nn.Module) -> Optimizer:
     """An optimiser over all parameters; biases and BatchNorm weights are not decayed."""
     return create_optimizer_v2(
-        nn.ModuleList(modules),
+        modules,
         opt=TIMM_NAMES[config.name],
         lr=config.lr,
         weight_decay=config.weight_decay,

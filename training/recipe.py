@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from coterie.errors import RecipeError
 from coterie.images import Preprocessing
+from training.objectives import Objective, ObjectiveModule, build_objective
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
 
@@ -57,14 +58,31 @@ class EncoderSection(Section):
     whitening_shrinkage: Annotated[float, Field(gt=0, le=1)] | None = 0.1
 
 
-class LossSection(Section):
-    """SupCon's knobs, as in training.losses.SupConLoss."""
+class LossSection(BaseModel):
+    """An objective by name, with its own options beside it; see training.objectives.
 
-    temperature: Positive = 0.1
-    summation: Literal["outside", "inside"] = "outside"
-    denominator: Literal["all", "one_positive", "only_negatives"] = "all"
-    positives_cap: Annotated[int, Field(ge=1)] | None = None
-    scale_by_temperature: bool = False
+    SupCon's are temperature, summation, denominator, positives_cap and scale_by_temperature.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    objective: Objective = Objective.SUPCON
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build(self, *, n_classes: int, embedding_dim: int) -> ObjectiveModule:
+        """The objective with these options."""
+        return build_objective(self.objective, n_classes=n_classes, embedding_dim=embedding_dim, **self.options)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "LossSection":
+        try:
+            self.build(n_classes=2, embedding_dim=2)
+        except TypeError as error:  # an option of the wrong type; pydantic only takes a ValueError for a user's
+            raise ValueError(str(error)) from error
+        return self
 
 
 class AugmentSection(Section):
@@ -127,6 +145,16 @@ class Recipe(Section):
     batch: BatchSection = BatchSection()
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _views_suit_the_objective(self) -> "Recipe":
+        wanted, views = self.loss.build(n_classes=2, embedding_dim=2), self.batch.views
+        if views < wanted.min_views or (wanted.max_views is not None and views > wanted.max_views):
+            most = "" if wanted.max_views is None else f" and at most {wanted.max_views}"
+            raise ValueError(
+                f"batch.views is {views}: {self.loss.objective} takes at least {wanted.min_views}{most} of each image"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cache_holds_the_input(self) -> "Recipe":

@@ -12,12 +12,10 @@ def test_shipped_recipes_are_valid_and_bear_their_files_name(name):
 
 
 def test_settings_replace_single_values():
-    recipe = load_recipe(
-        "digits", ["optimizer.lr=0.3", "data.preprocessing.input_size=[8, 8]", "loss.positives_cap=null"]
-    )
+    recipe = load_recipe("digits", ["optimizer.lr=0.3", "data.preprocessing.input_size=[8, 8]", "loss.positives_cap=3"])
     assert recipe.optimizer.lr == 0.3
     assert recipe.data.preprocessing.input_size == (8, 8)
-    assert recipe.loss.positives_cap is None
+    assert recipe.loss.options == {"temperature": 0.1, "positives_cap": 3}
 
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path):
@@ -35,6 +33,11 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path):
         ("optimizer.lr", "key=value"),
         ("name.lr=1", "name holds a value"),
         ("data.cache_size=[8, 8]", "smaller than"),
+        ("loss.temperature=0", "temperature must be positive"),
+        ("loss.temperature=warm", "loss"),
+        ("loss.warmth=3", "no option warmth"),
+        ("loss.objective=magic", "loss.objective"),
+        ("loss={objective: n_pairs}", "batch.views is 2"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, named):
