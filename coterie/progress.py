@@ -13,7 +13,7 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress_bar(description: str, total: int | None) -> Iterator[Advance]:
-    """Show a bar on stderr while the block runs.
+    """Show a bar on stderr while the block runs; without a total, that it runs.
 
     Yields:
         `advance(n, note="")`: moves the bar by `n` steps and shows `note` beside it.
@@ -35,3 +35,5 @@ def progress_bar(description: str, total: int | None) -> Iterator[Advance]:
                 progress.update(task, note=note)
 
         yield advance
+        if total is None:
+            progress.update(task, total=1, completed=1)

@@ -40,6 +40,9 @@ def main() -> None:
     except CoterieError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:  # no space, no permission: it names the file
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(CoterieError.exit_code) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -6,6 +6,7 @@ labels), holds the classifier of those that learn one, and knows no encoder.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class Objective(StrEnum):
     CROSS_ENTROPY = "cross_entropy"
 
 
-class ObjectiveModule(nn.Module):
+class ObjectiveModule(nn.Module, ABC):
     """A loss and what a trainer must know to feed it.
 
     Called with z (n, d), labels (n,) int64 and n_views: the rows are n_views stacked blocks of the same
@@ -52,8 +53,8 @@ class ObjectiveModule(nn.Module):
         """Whether z is the encoder's own output; such an objective needs no projection head."""
         return not self.uses_projection
 
-    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor: ...
 
     def _check(self, z: Tensor, labels: Tensor, n_views: int) -> None:
         check_batch(z, labels, n_views=n_views, values=False)

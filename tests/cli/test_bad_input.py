@@ -145,6 +145,13 @@ def test_a_rate_without_a_threshold(coterie, tiny_bundle, digit_tree):
     assert "0.05" in one_line(err)
 
 
+def test_a_file_that_cannot_be_written(coterie, tiny_bundle, digit_tree, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = coterie("evaluate", tiny_bundle.path, digit_tree, "--json", tmp_path / "file" / "numbers.json")
+    assert code == 2
+    assert str(tmp_path / "file") in one_line(err)
+
+
 def test_an_unknown_device(coterie, tiny_bundle, digit_tree):
     code, _, err = coterie("evaluate", tiny_bundle.path, digit_tree, "--device", "tpu")
     assert code == 2
