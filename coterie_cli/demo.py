@@ -101,11 +101,9 @@ def _start_fresh(folder: Path) -> None:
 
 
 def _train(folder: Path) -> Path:
-    try:
-        from training.pretrain import train
-        from training.recipe import load_recipe
-    except ModuleNotFoundError as error:
-        raise CoterieError(f"the demo trains, and {error.name} is missing: install coterie[train]") from error
+    from training.pretrain import train
+    from training.recipe import load_recipe
+
     train(folder / "data" / "train", load_recipe("digits"), folder / "run")
     return folder / "run"
 

@@ -26,6 +26,9 @@ app.add_typer(bundle_app, name="bundle")
 
 console = Console()
 
+# What only the extra `train` brings, and serving and evaluation do without.
+TRAIN_PACKAGES = frozenset({"torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"})
+
 Data = Annotated[Path, typer.Argument(help="A folder with one folder of images per class.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
@@ -40,6 +43,11 @@ def main() -> None:
     except CoterieError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_PACKAGES:
+            raise
+        print(f"error: this command needs {error.name}, which is not here: install coterie[train]", file=sys.stderr)
+        raise SystemExit(CoterieError.exit_code) from None
     except OSError as error:  # no space, no permission: it names the file
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(CoterieError.exit_code) from None

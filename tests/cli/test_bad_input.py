@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,14 @@ def test_a_bundle_with_a_flipped_byte(coterie, name, tiny_bundle, digit_tree, tm
     code, _, err = coterie("bundle", "verify", bundle)
     assert code in (1, 2)  # 2 where the manifest can no longer be read at all
     assert name in one_line(err)
+
+
+def test_training_where_only_serving_is_installed(coterie, digit_tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` finds in the base install
+    monkeypatch.delitem(sys.modules, "training.pretrain", raising=False)
+    code, _, err = train(coterie, digit_tree, tmp_path)
+    assert code == 2
+    assert "install coterie[train]" in one_line(err)
 
 
 def test_an_unfinished_run(coterie, digit_tree, tmp_path):
