@@ -2,14 +2,14 @@
 
     python -m benchmarks.loss [--json FILE] [--runs 7] [--no-curve]
 
-n = 8192, d = 128, float32, forward and backward, two threads of a shared AVX-512 machine, torch 2.15.0, medians of 7
-interleaved runs, in two sessions with different loads:
+n = 8192, d = 128, float32, forward and backward, two threads of a shared AVX-512 machine, torch 2.15.0; each column the
+medians of 7 interleaved runs of a session, the last beside other work:
 
-    ours                      0.41 s and 0.79 s     35 and 52 MB above the inputs
-    textbook                  2.92 s and 4.32 s     1,619 MB      7.1 and 5.5 times as long
-    pytorch-metric-learning   4.97 s and 8.41 s     3,033 MB     12.1 and 10.6 times as long
+    ours                      0.38   0.41   0.79 s    43,    35 and    52 MB above the inputs
+    textbook                  2.60   2.92   4.32 s    1,619 MB     6.9,  7.1 and  5.5 times as long
+    pytorch-metric-learning   4.49   4.97   8.41 s    3,033 MB    11.9, 12.1 and 10.6 times as long
 
-Values are equal to 5e-8 and gradients to 2e-11. At n = 65,536 ours takes 26 to 37 s and 175 MB.
+Values are equal to 5e-8 and gradients to 2e-11. docs/results/loss.json is the first session, with the whole curve.
 
 Times are taken in one process in which the three take turns; memory and the curve in a process for each cell.
 Exits with 1 where a goal of the default sizes is missed.
