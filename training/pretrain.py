@@ -19,7 +19,7 @@ from coterie.machine import processors
 from coterie.progress import progress_bar
 from training.augment import Augment
 from training.encoders import EncoderSpec, ImageEncoder, build_encoder, projection_head
-from training.losses import SupConLoss
+from training.losses import SupConLoss, batch_diagnostics
 from training.monitor import draw_curves, embed, features_of, knn_top1
 from training.optimisers import build_optimizer, learning_rate
 from training.recipe import Recipe
@@ -166,14 +166,19 @@ class _Trainer:
         seconds = time.perf_counter() - started
         gallery = embed(self.encoder, self._centre(self.pixels))
         queries = embed(self.encoder, self._centre(self.held_out_pixels))
-        return {
+        spread = batch_diagnostics(queries, self.held_out_labels)
+        row = {
             "epoch": epoch,
             "loss": mean_loss,
             "knn_top1": knn_top1(gallery, self.labels, queries, self.held_out_labels),
             "lr": lr,
             "images_per_second": self.steps_per_epoch * self.batch_size / seconds,
             "seconds": seconds,
+            "alignment": spread.alignment.item(),
+            "uniformity": spread.uniformity.item(),
         }
+        # Held-out images without a pair of one class have no alignment; JSON has no word for that.
+        return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def _batches(self) -> Iterator[Tensor]:
         order = torch.randperm(len(self.labels), generator=self.generator, device=self.device)

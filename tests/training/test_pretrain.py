@@ -39,6 +39,9 @@ def test_a_run_holds_everything_the_contract_names(tiny_run):
     rows = tiny_run.metrics()
     assert [row["epoch"] for row in rows] == list(range(len(rows)))
     assert rows[-1]["loss"] < rows[0]["loss"]
+    # Random encoders put all images near one point; training spreads them out.
+    assert rows[-1]["uniformity"] < rows[0]["uniformity"] < 0
+    assert all(0 < row["alignment"] < 4 for row in rows)  # squared distances of unit vectors
     assert rows[-1]["knn_top1"] > 0.5  # eight classes: chance is 0.125
     dataset = json.loads((tiny_run.path / "dataset.json").read_text())
     assert dataset["classes"] == list("01234567")
