@@ -14,6 +14,7 @@ def check_batch(
     *,
     keys: Tensor | None = None,
     key_labels: Tensor | None = None,
+    weights: Tensor | None = None,
     n_views: int | None = None,
     positives_cap: int | None = None,
     values: bool = True,
@@ -22,17 +23,21 @@ def check_batch(
 
     Shapes and types cost nothing. Values, which `values=False` leaves out, cost one wait for the device.
     """
-    _check_shapes(z, labels, keys, key_labels)
+    _check_shapes(z, labels, keys, key_labels, weights)
     _check_views(z, labels, keys, n_views, positives_cap)
     if values:
-        _check_values(z, labels, keys, key_labels, n_views)
+        _check_values(z, labels, keys, key_labels, weights, n_views)
 
 
-def _check_shapes(z: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None) -> None:
+def _check_shapes(
+    z: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None, weights: Tensor | None
+) -> None:
     if z.ndim != 2 or 0 in z.shape or not z.is_floating_point():
         raise ValueError(f"z must be a floating-point array (n, d), not {tuple(z.shape)} of {z.dtype}")
     n, d = z.shape
     _check_labels("labels", labels, n)
+    if weights is not None and (weights.shape != (n,) or not weights.is_floating_point()):
+        raise ValueError(f"weights must be floating-point ({n},), not {tuple(weights.shape)} of {weights.dtype}")
     if (keys is None) != (key_labels is None):
         raise ValueError("keys and key_labels go together: give both or neither")
     if keys is not None and key_labels is not None:
@@ -77,18 +82,27 @@ def _check_labels(name: str, labels: Tensor, n: int) -> None:
 
 
 def _check_values(
-    z: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None, n_views: int | None
+    z: Tensor,
+    labels: Tensor,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    weights: Tensor | None,
+    n_views: int | None,
 ) -> None:
-    """Lengths of rows, probabilities and the order of views, read from the device in one go."""
-    faults = {"z": _bad_rows(z), "labels": _bad_labels(labels, n_views)}
+    """Lengths of rows, probabilities, weights and the order of views, read from the device in one go."""
+    faults = {"z": (z, _bad_rows(z)), "labels": (labels, _bad_labels(labels, n_views))}
     if keys is not None and key_labels is not None:
-        faults |= {"keys": _bad_rows(keys), "key_labels": _bad_labels(key_labels, None)}
-    if not bool(torch.stack([bad.any() for bad in faults.values()]).any()):
+        faults |= {"keys": (keys, _bad_rows(keys)), "key_labels": (key_labels, _bad_labels(key_labels, None))}
+    if weights is not None:
+        faults |= {"weights": (weights, ~((weights >= 0) & (weights < math.inf)))}
+    if not bool(torch.stack([bad.any() for _, bad in faults.values()]).any()):
         return
-    for (name, bad), values in zip(faults.items(), (z, labels, keys, key_labels), strict=False):
-        if values is None or not bool(bad.any()):
+    for name, (values, bad) in faults.items():
+        if not bool(bad.any()):
             continue
         row = int(bad.nonzero()[0])
+        if name == "weights":
+            raise ValueError(f"row {row} of weights is {float(values[row]):g}: weights are finite and at least 0")
         if name in ("z", "keys"):
             length = float(torch.linalg.vector_norm(values[row].detach().double()))
             raise ValueError(

@@ -20,8 +20,9 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from training.batch_checks import check_batch
+from training.distributed import gather_live, gather_rows
 from training.pairwise import others_logsumexp
-from training.positives import CappedPositives, ClassPositives, Positives, SoftPositives, SummablePositives
+from training.positives import CappedPositives, Positives, SummablePositives, summable_positives
 
 __all__ = ["BatchDiagnostics", "Denominator", "Summation", "SupConLoss", "batch_diagnostics"]
 
@@ -58,9 +59,9 @@ class SupConLoss(nn.Module):
         one_positive:    D_i(p) = exp S_ip + Σ_a v_ia exp S_ia
         only_negatives:  D_i(p) = Σ_a v_ia exp S_ia
 
-    The loss is the mean of L_i over the anchors that have a positive (and, for only_negatives, a negative).
-    The others leave the mean but stay in the denominators; without any such anchor the loss is 0 and its
-    gradient 0.
+    The loss is the mean of L_i over the anchors that have a positive (and, for only_negatives, a negative), by
+    the anchors' own weights where they have any. The others leave the mean but stay in the denominators; without
+    any such anchor the loss is 0 and its gradient 0.
 
     Labels are integers (n,), or floating-point class probabilities (n, C) as mixup and label smoothing give
     them: then w_ia = Σ_c Y_ic Y_ac and v = 1 - w, and one-hot rows give what their integers give.
@@ -88,6 +89,11 @@ class SupConLoss(nn.Module):
         scale_by_temperature: multiply the loss by τ, as the authors' TPU code does. It changes the effective
             learning rate (tenfold at τ = 0.1) and nothing else.
         validate: check values too, at the price of one wait for the device; shapes are always checked.
+        across_ranks: the batch is that of all ranks of torch.distributed, each of which brings equally many rows
+            and the same keys. Each gets the loss of the whole batch, and for its own rows its gradient times the
+            number of ranks, so that DistributedDataParallel's average is what one process would have. Embeddings,
+            labels, weights and L are exchanged in the forward pass, nothing in the backward pass. The fast path
+            shares the pairs out; all other variants are computed whole by every rank.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class SupConLoss(nn.Module):
         positives_cap: int | None = None,
         scale_by_temperature: bool = False,
         validate: bool = True,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         if not (math.isfinite(temperature) and temperature > 0):
@@ -111,6 +118,7 @@ class SupConLoss(nn.Module):
         self.positives_cap = positives_cap
         self.scale_by_temperature = scale_by_temperature
         self.validate = validate
+        self.across_ranks = across_ranks
 
     def extra_repr(self) -> str:
         return (
@@ -127,6 +135,7 @@ class SupConLoss(nn.Module):
         n_views: int | None = None,
         keys: Tensor | None = None,
         key_labels: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Returns the loss, a scalar of float32, or float64 for float64 z.
 
@@ -138,6 +147,8 @@ class SupConLoss(nn.Module):
             keys: (k, d) further columns, such as a momentum encoder's queue. They are normalised, get no
                 gradient and are anchors to nothing.
             key_labels: (k,) or (k, C), of the same kind as labels.
+            weights: (n,) floating-point, not negative: of each anchor in the mean, Σ_i weight_i L_i / Σ_i weight_i;
+                such as the inverse frequency of its class.
 
         Raises:
             ValueError: shapes, types or (with validate) values are wrong; the message names them.
@@ -148,31 +159,41 @@ class SupConLoss(nn.Module):
                 labels,
                 keys=keys,
                 key_labels=key_labels,
+                weights=weights,
                 n_views=n_views,
                 positives_cap=self.positives_cap,
                 values=self.validate,
             )
+            n = z.shape[0]
             z = _normalise(z)
-            columns = z if keys is None else torch.cat([z, _normalise(keys.detach()).to(z.dtype)])
+            weights = z.new_ones(n) if weights is None else weights.to(z.dtype)
+            if self.across_ranks:
+                z, labels, weights = gather_live(z), gather_rows(labels), gather_rows(weights)
             if self.positives_cap is not None:
                 assert n_views is not None  # check_batch
+                z, labels, weights = (_view_major(rows, z.shape[0] // n, n_views) for rows in (z, labels, weights))
                 capped = CappedPositives.from_labels(labels, n_views, self.positives_cap, z.dtype)
-                loss = self._blockwise(z, columns, capped)
+                losses, counts = self._blockwise(z, z, capped)
             else:
-                positives = _positives(labels, key_labels, z.dtype)
+                columns = z if keys is None else torch.cat([z, _normalise(keys.detach()).to(z.dtype)])
+                positives = summable_positives(labels, key_labels, z.dtype)
                 fast = self.summation is Summation.OUTSIDE and self.denominator is Denominator.ALL
-                loss = (self._class_sums if fast else self._blockwise)(z, columns, positives)
+                losses, counts = (self._class_sums if fast else self._blockwise)(z, columns, positives)
+            weights = weights.where(counts, 0)
+            # Nothing over nothing is 0 and not NaN.
+            loss = (losses.where(counts, 0) * weights).sum() / weights.sum().clamp_min(torch.finfo(z.dtype).tiny)
             return loss * self.temperature if self.scale_by_temperature else loss
 
-    def _class_sums(self, z: Tensor, columns: Tensor, positives: SummablePositives) -> Tensor:
-        keys = columns[z.shape[0] :].detach() if columns.shape[0] > z.shape[0] else None
-        lse = others_logsumexp(z, temperature=self.temperature, keys=keys)
+    def _class_sums(self, z: Tensor, columns: Tensor, positives: SummablePositives) -> tuple[Tensor, Tensor]:
+        """L_i (n,) and which of them count, by the class docstring's fast path."""
+        lse = others_logsumexp(z, temperature=self.temperature, columns=columns, across_ranks=self.across_ranks)
         weight = positives.weight
         counts = weight > 0
         mean_positive = (z * positives.weighted_sum(columns)).sum(1) / (self.temperature * weight.where(counts, 1))
-        return _mean_where(lse - mean_positive, counts)
+        return lse - mean_positive, counts
 
-    def _blockwise(self, z: Tensor, columns: Tensor, positives: Positives) -> Tensor:
+    def _blockwise(self, z: Tensor, columns: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+        """L_i (n,) and which of them count, by blocks of pairs."""
         pairs = _CPU_BLOCK_PAIRS if z.device.type == "cpu" else _GPU_BLOCK_PAIRS
         rows = max(1, pairs // columns.shape[0])
         weight = positives.weight
@@ -194,7 +215,7 @@ class SupConLoss(nn.Module):
             )
             for start, anchors in zip(range(0, z.shape[0], rows), torch.split(z, rows), strict=True)
         ]
-        return _mean_where(torch.cat(losses), counts)
+        return torch.cat(losses), counts
 
     def _block(self, z: Tensor, columns: Tensor, anchors: slice, weight: Tensor, positives: Positives) -> Tensor:
         """L_i of some anchors (b,), by the class docstring's formulas over arrays (b, n + k)."""
@@ -237,7 +258,7 @@ def batch_diagnostics(
     with torch.autocast(z.device.type, enabled=False):
         z = _normalise(z)
         columns = z if keys is None else torch.cat([z, _normalise(keys).to(z.dtype)])
-        positives = _positives(labels, key_labels, z.dtype)
+        positives = summable_positives(labels, key_labels, z.dtype)
         weight = positives.weight
         n = z.shape[0]
         pairs = n * (n - 1) if n > 1 else math.nan
@@ -247,11 +268,6 @@ def batch_diagnostics(
             alignment=2 - 2 * (z * positives.weighted_sum(columns)).sum() / weight.sum(),
             uniformity=others_logsumexp(z, temperature=0.25).logsumexp(0) - 4 - math.log(pairs),
         )
-
-
-def _positives(labels: Tensor, key_labels: Tensor | None, dtype: torch.dtype) -> SummablePositives:
-    kind = SoftPositives if labels.is_floating_point() else ClassPositives
-    return kind.from_labels(labels, key_labels, dtype)
 
 
 def _normalise(z: Tensor) -> Tensor:
@@ -265,5 +281,6 @@ def _log(weights: Tensor) -> Tensor:
     return weights.log().clamp_min(torch.finfo(weights.dtype).min / 4)
 
 
-def _mean_where(per_anchor: Tensor, counts: Tensor) -> Tensor:
-    return per_anchor.where(counts, 0).sum() / counts.sum().clamp_min(1)
+def _view_major(rows: Tensor, n_ranks: int, n_views: int) -> Tensor:
+    """Rows (n_ranks · n_views · b, …) with the first views of all ranks' images before all second ones, and so on."""
+    return rows.unflatten(0, (n_ranks, n_views, -1)).transpose(0, 1).flatten(0, 2)

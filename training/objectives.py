@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.batch_checks import check_batch
+from training.distributed import gather_live, gather_rows, rank
 from training.losses import SupConLoss
 
 __all__ = ["Objective", "ObjectiveModule", "build_objective"]
@@ -40,13 +41,24 @@ class ObjectiveModule(nn.Module, ABC):
     Called with z (n, d), labels (n,) int64 and n_views: the rows are n_views stacked blocks of the same
     images in the same order. Returns a scalar of at least float32 precision. Objectives with a classifier
     have parameters, which belong to an optimiser beside the encoder's.
+
+    A trainer may set two switches of the instance:
+
+        validate: SupCon's family checks values, too, at the price of one wait for the device.
+        across_ranks: z is one rank's part of a batch; all parts are of one size. The mean of the ranks' losses is then
+            the loss of the whole batch, and the mean of their gradients, as DistributedDataParallel takes it, its
+            gradient.
     """
+
+    validate: bool = True
+    across_ranks: bool = False
 
     uses_projection: ClassVar[bool] = True  # z is the projection head's output, else the encoder's before it
     min_views: ClassVar[int] = 1
     max_views: ClassVar[int | None] = None
     soft_labels: ClassVar[bool] = False  # class probabilities (n, C) may stand for labels
     takes_keys: ClassVar[bool] = False  # a labelled queue may be given as keys and key_labels
+    takes_weights: ClassVar[bool] = False  # anchors may be given weights (n,), by which their losses are averaged
 
     @property
     def uses_embedding(self) -> bool:
@@ -56,8 +68,8 @@ class ObjectiveModule(nn.Module, ABC):
     @abstractmethod
     def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor: ...
 
-    def _check(self, z: Tensor, labels: Tensor, n_views: int) -> None:
-        check_batch(z, labels, n_views=n_views, values=False)
+    def _check(self, z: Tensor, labels: Tensor, n_views: int, weights: Tensor | None = None) -> None:
+        check_batch(z, labels, weights=weights, n_views=n_views, values=False)
         if n_views < self.min_views or (self.max_views is not None and n_views > self.max_views):
             wanted = f"at least {self.min_views}" if self.max_views is None else f"{self.max_views}"
             raise ValueError(f"{type(self).__name__} needs {wanted} view(s) of each image, not {n_views}")
@@ -72,9 +84,10 @@ class SupCon(SupConLoss, ObjectiveModule):
 
     soft_labels = True
     takes_keys = True
+    takes_weights = True
 
 
-class SimCLR(ObjectiveModule):
+class SimCLR(SupConLoss, ObjectiveModule):
     """Self-supervised contrastive: eq. 1 of arXiv 2004.11362, L_out with the image's index as its label.
 
     The labels are ignored. The paper's CIFAR runs use τ = 0.5, its ImageNet runs 0.1.
@@ -84,17 +97,17 @@ class SimCLR(ObjectiveModule):
     soft_labels = True
 
     def __init__(self, *, temperature: float = 0.5, scale_by_temperature: bool = False) -> None:
-        super().__init__()
-        self.loss = SupConLoss(temperature=temperature, scale_by_temperature=scale_by_temperature)
+        super().__init__(temperature=temperature, scale_by_temperature=scale_by_temperature)
 
     def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
         self._check(z, labels, n_views)
         images = torch.arange(z.shape[0] // n_views, device=z.device)
-        loss: Tensor = self.loss(z, images.repeat(n_views), n_views=n_views)
-        return loss
+        if self.across_ranks:
+            images += rank() * len(images)
+        return super().forward(z, images.repeat(n_views), n_views=n_views)
 
 
-class NPairs(ObjectiveModule):
+class NPairs(SupConLoss, ObjectiveModule):
     """N-pairs as a form of L_out (arXiv 2004.11362, supplement): τ = 1, one view, one positive.
 
     The positive is another image of the class; the rest of the class is ignored.
@@ -103,13 +116,11 @@ class NPairs(ObjectiveModule):
     max_views = 1
 
     def __init__(self, *, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.loss = SupConLoss(temperature=temperature, positives_cap=1)
+        super().__init__(temperature=temperature, positives_cap=1)
 
     def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
         self._check(z, labels, n_views)
-        loss: Tensor = self.loss(z, labels, n_views=n_views)
-        return loss
+        return super().forward(z, labels, n_views=n_views)
 
 
 class Triplet(ObjectiveModule):
@@ -139,6 +150,8 @@ class Triplet(ObjectiveModule):
         self._check(z, labels, n_views)
         with torch.autocast(z.device.type, enabled=False):
             z = _at_least_float32(z)
+            if self.across_ranks:
+                z, labels = gather_live(z), gather_rows(labels)
             loss: Tensor = self.loss(z, labels, self.miner(z, labels))
         return loss
 
@@ -170,37 +183,34 @@ class MaxMargin(ObjectiveModule):
 class CrossEntropy(ObjectiveModule):
     """Softmax cross-entropy of a linear classifier on the encoder's output: the baseline of every table.
 
-    L = -log softmax(W x + b)_y, averaged over rows; with class_weights, weighted by the label's
+    L_i = -Σ_c Y_ic log softmax(W x_i + b)_c, averaged over rows, by their weights where they have any
     """
 
     uses_projection = False
     soft_labels = True
+    takes_weights = True
 
-    def __init__(
-        self,
-        *,
-        n_classes: int,
-        embedding_dim: int,
-        label_smoothing: float = 0.0,
-        class_weights: Tensor | None = None,
-    ) -> None:
+    def __init__(self, *, n_classes: int, embedding_dim: int) -> None:
         super().__init__()
-        if class_weights is not None and class_weights.shape != (n_classes,):
-            raise ValueError(f"class_weights must be ({n_classes},), not {tuple(class_weights.shape)}")
         self.classifier = nn.Linear(embedding_dim, n_classes)
-        self.label_smoothing = label_smoothing
-        self.class_weights: Tensor | None
-        self.register_buffer("class_weights", class_weights)
 
-    def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
-        self._check(z, labels, n_views)
+    def forward(self, z: Tensor, labels: Tensor, *, n_views: int, weights: Tensor | None = None) -> Tensor:
+        self._check(z, labels, n_views, weights)
         with torch.autocast(z.device.type, enabled=False):
             z = _at_least_float32(z)
             targets = labels.to(z.dtype) if labels.is_floating_point() else labels
-            weights = None if self.class_weights is None else self.class_weights.to(z.dtype)
             logits = F.linear(z, self.classifier.weight.to(z.dtype), self.classifier.bias.to(z.dtype))
-            return F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing)
+            if weights is None:
+                return F.cross_entropy(logits, targets)
+            weights = weights.to(z.dtype)
+            total = weights.sum()
+            if self.across_ranks:
+                total = gather_rows(total[None]).mean()  # a rank's share of the whole batch's
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            return (weights * losses).sum() / total.clamp_min(torch.finfo(z.dtype).tiny)
 
+
+_SWITCHES = ("validate", "across_ranks")  # the trainer's, not a recipe's
 
 _MODULES: dict[Objective, type[ObjectiveModule]] = {
     Objective.SUPCON: SupCon,
@@ -235,10 +245,12 @@ def build_objective(
     missing = [name for name, value in sizes.items() if name in parameters and value is None]
     if missing:
         raise ValueError(f"{objective} learns a classifier: give {' and '.join(missing)}")
-    known = [name for name in parameters if name not in sizes]
+    known = [name for name in parameters if name not in {*sizes, *_SWITCHES}]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f"{objective} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
+        raise ValueError(
+            f"{objective} has no option {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
+        )
     return module(**options, **{name: value for name, value in sizes.items() if name in parameters})
 
 

@@ -1,7 +1,7 @@
 """The log-sum-exp of every row's similarities to all other rows, in memory linear in their number.
 
-Knows tiles, numerical range and the gradient. Knows nothing of labels: in the supervised contrastive loss
-they enter through class sums alone (see `training.losses`).
+Knows tiles, numerical range, the gradient, and which rows are this rank's to work on. Knows nothing of labels: in
+the supervised contrastive loss they enter through class sums alone (see `training.losses`).
 """
 
 import math
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from training.distributed import gather_rows, own_rows
 
 __all__ = ["others_logsumexp"]
 
@@ -21,118 +24,138 @@ _CPU_TILE = 512
 _GPU_TILE = 4096
 
 
-def others_logsumexp(z: Tensor, *, temperature: float, keys: Tensor | None = None, tile: int | None = None) -> Tensor:
-    """Returns L (n,), L_i = log( Σ_{a≠i} exp(z_i·z_a/τ) + Σ_k exp(z_i·k/τ) ), differentiable once in z.
+def others_logsumexp(
+    z: Tensor,
+    *,
+    temperature: float,
+    columns: Tensor | None = None,
+    across_ranks: bool = False,
+    tile: int | None = None,
+) -> Tensor:
+    """Returns L (n,), L_i = log Σ_{a≠i} exp(z_i·z_a/τ) over all columns a, differentiable once in z.
 
-    It is the logarithm of the denominator in eqs. 1 to 3 of arXiv 2004.11362. With S = z zᵀ/τ, g = ∂loss/∂L,
+    It is the logarithm of the denominator in eqs. 1 to 3 of arXiv 2004.11362. With S = z zᵀ/τ, g = ∂loss/∂L, and
+    g_a = 0 for columns that are no anchors,
 
-        τ ∂loss/∂z_i = Σ_{a≠i} (g_i exp(S_ia - L_i) + g_a exp(S_ia - L_a)) z_a + Σ_k g_i exp(S_ik - L_i) k,
+        τ ∂loss/∂z_i = Σ_{a≠i} (g_i exp(S_ia - L_i) + g_a exp(S_ia - L_a)) z_a,
 
     so that only z and L are kept between the passes. S is symmetric and formed one tile of its upper triangle
     at a time: each tile serves its rows and its columns, in the sum and again in the gradient.
-    Peak memory above the inputs: L (n,), the gradient (n, d), a scaled copy (n, d) and two tiles.
+    Peak memory above the inputs: L (n,), the gradient (n, d) and two tiles.
+
+    Across ranks, each forms the tiles of its own rows against all columns, n²/size of them (half of its own square),
+    and L alone is exchanged. With everyone's L and g at hand the backward pass then gives each rank the gradient of
+    its own rows, complete, and of the other ranks' rows 0.
 
     Args:
         z: (n, d) of unit length, float32 or float64. The result has its dtype.
         temperature: τ > 0.
-        keys: (k, d) of unit length; further columns that receive no gradient.
+        columns: (n + k, d), z and after it k keys of unit length, which are anchors to nothing and get no gradient;
+            by default z alone.
+        across_ranks: z is every rank's rows, as `gather_live` orders them; the keys are the same on all ranks.
         tile: rows and columns of a tile; by default what suits the device.
 
-    A row without any other row nor key has L_i = -inf and gives no gradient.
+    A row without any other column has L_i = -inf and gives no gradient.
     """
-    return _OthersLogSumExp.apply(z, keys, temperature, tile or (_CPU_TILE if z.device.type == "cpu" else _GPU_TILE))
+    columns = z if columns is None else columns
+    own = own_rows(z.shape[0]) if across_ranks else slice(0, z.shape[0])
+    tile = tile or (_CPU_TILE if z.device.type == "cpu" else _GPU_TILE)
+    return _OthersLogSumExp.apply(z, columns.detach(), own, temperature, tile)
 
 
 class _OthersLogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, keys: Tensor | None, temperature: float, tile: int) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            lse = _sum_tiles(z, keys, temperature, tile)
-        ctx.save_for_backward(z, keys, lse)
-        ctx.temperature, ctx.tile = temperature, tile
+    def forward(ctx: Any, z: Tensor, columns: Tensor, own: slice, temperature: float, tile: int) -> Tensor:
+        with torch.autocast(columns.device.type, enabled=False):
+            lse = _sum_tiles(columns, own, temperature, tile)
+        if lse.shape[0] < z.shape[0]:
+            lse = gather_rows(lse)
+        ctx.save_for_backward(columns, lse)
+        ctx.own, ctx.temperature, ctx.tile = own, temperature, tile
         return lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, None, None, None]:
-        z, keys, lse = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
-            return _gradient_tiles(z, keys, lse, grad_lse, ctx.temperature, ctx.tile), None, None, None
+    def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        columns, lse = ctx.saved_tensors
+        with torch.autocast(columns.device.type, enabled=False):
+            grad = _gradient_tiles(columns, ctx.own, lse, grad_lse, ctx.temperature, ctx.tile)
+        return grad, None, None, None, None
 
 
-def _sum_tiles(z: Tensor, keys: Tensor | None, temperature: float, tile: int) -> Tensor:
-    """L (n,): plain sums of exponentials where their range allows, else a running log-sum-exp with maxima."""
-    if _exp_is_in_range(temperature, z.dtype):
-        total = z.new_zeros(z.shape[0])
-        for t in _logit_tiles(z, keys, temperature, tile):
+def _sum_tiles(columns: Tensor, own: slice, temperature: float, tile: int) -> Tensor:
+    """L of the own rows: plain sums of exponentials where their range allows, else a running log-sum-exp."""
+    if _exp_is_in_range(temperature, columns.dtype):
+        total = columns.new_zeros(own.stop)
+        for t in _logit_tiles(columns, own, temperature, tile):
             exp = t.logits.exp_()
             total[t.rows] += exp.sum(1)
             if t.serves_columns:
                 total[t.columns] += exp.sum(0)
-        return total.log_()
-    lse = z.new_full((z.shape[0],), -math.inf)
-    for t in _logit_tiles(z, keys, temperature, tile):
+        return total[own].log_()
+    lse = columns.new_full((own.stop,), -math.inf)
+    for t in _logit_tiles(columns, own, temperature, tile):
         lse[t.rows] = torch.logaddexp(lse[t.rows], t.logits.logsumexp(1))
         if t.serves_columns:
             lse[t.columns] = torch.logaddexp(lse[t.columns], t.logits.logsumexp(0))
-    return lse
+    return lse[own]
 
 
 def _gradient_tiles(
-    z: Tensor, keys: Tensor | None, lse: Tensor, grad_lse: Tensor, temperature: float, tile: int
+    columns: Tensor, own: slice, lse: Tensor, grad_lse: Tensor, temperature: float, tile: int
 ) -> Tensor:
-    """∂loss/∂z (n, d): a tile becomes the bracket of the gradient above and multiplies z from both sides."""
+    """∂loss/∂z (n, d), 0 beside the own rows: a tile becomes the bracket of the gradient above and multiplies z."""
+    in_range = _exp_is_in_range(temperature, columns.dtype)
     lse = lse.masked_fill(lse == -math.inf, 0.0)  # a row alone: its only logit is -inf, and -inf + inf is NaN
-    in_range = _exp_is_in_range(temperature, z.dtype)
-    scale = grad_lse * (-lse).exp() if in_range else grad_lse
-    grad = torch.zeros_like(z)
-    sums = z.new_empty(min(tile, z.shape[0]) ** 2)
-    for t in _logit_tiles(z, keys, temperature, tile):
-        if not t.square:  # keys are nobody's anchors: only the rows' half remains
-            if not in_range:
-                t.logits.sub_(lse[t.rows, None])
-            grad[t.rows].addmm_(t.logits.exp_().mul_(scale[t.rows, None]), t.others)
-            continue
+    grad = columns.new_zeros(lse.shape[0], columns.shape[1])
+    n_keys = columns.shape[0] - lse.shape[0]
+    lse, scale = pad(lse, (0, n_keys), value=math.inf), pad(grad_lse, (0, n_keys))  # so that exp(S - L) g is 0
+    scale = scale * (-lse).exp() if in_range else scale
+    sums = _tile_buffer(columns, own, tile)
+    for t in _logit_tiles(columns, own, temperature, tile):
+        weights = sums[: t.logits.numel()].view_as(t.logits)
         if in_range:
-            weights = sums[: t.logits.numel()].view_as(t.logits)
             torch.add(scale[t.rows, None], scale[None, t.columns], out=weights)
             weights.mul_(t.logits.exp_())
         else:
-            weights = (t.logits - lse[t.rows, None]).exp_().mul_(scale[t.rows, None])
+            torch.sub(t.logits, lse[t.rows, None], out=weights).exp_().mul_(scale[t.rows, None])
             weights.addcmul_(t.logits.sub_(lse[None, t.columns]).exp_(), scale[None, t.columns])
-        grad[t.rows].addmm_(weights, t.others)
+        grad[t.rows].addmm_(weights, columns[t.columns])
         if t.serves_columns:
-            grad[t.columns].addmm_(weights.T, z[t.rows])
-    return grad.div_(temperature)
+            grad[t.columns].addmm_(weights.T, columns[t.rows])
+    grad[own].div_(temperature)
+    return grad
 
 
 class _Tile(NamedTuple):
     rows: slice
     columns: slice
-    others: Tensor  # (columns, d), what the columns are
     logits: Tensor  # (rows, columns), a buffer that the next tile overwrites; -inf at self-similarity
-    square: bool  # of S = z zᵀ/τ, not of the keys
-    serves_columns: bool  # strictly above the diagonal
+    serves_columns: bool  # strictly above the diagonal of the own rows' square
 
 
-def _logit_tiles(z: Tensor, keys: Tensor | None, temperature: float, tile: int) -> Iterator[_Tile]:
-    n = z.shape[0]
-    scaled = z / temperature
-    widest = n if keys is None else max(n, keys.shape[0])
-    buffer = z.new_empty(min(tile, n) * min(tile, widest))
-    for i in range(0, n, tile):
-        rows = slice(i, min(i + tile, n))
-        sources = [(z, i, True)] if keys is None else [(z, i, True), (keys, 0, False)]
-        for columns_of, first, square in sources:
-            for j in range(first, columns_of.shape[0], tile):
-                columns = slice(j, min(j + tile, columns_of.shape[0]))
-                others = columns_of[columns]
-                shape = (rows.stop - i, others.shape[0])
-                logits = buffer[: math.prod(shape)].view(shape)
-                torch.mm(scaled[rows], others.T, out=logits)
-                if square and i == j:
-                    logits.fill_diagonal_(-math.inf)
-                yield _Tile(rows, columns, others, logits, square, square and i != j)
+def _logit_tiles(columns: Tensor, own: slice, temperature: float, tile: int) -> Iterator[_Tile]:
+    """The upper triangle of the own rows' square, and the own rows against all other columns."""
+    buffer = _tile_buffer(columns, own, tile)
+    elsewhere = [*_slices(0, own.start, tile), *_slices(own.stop, columns.shape[0], tile)]
+    for rows in _slices(own.start, own.stop, tile):
+        scaled = columns[rows] / temperature
+        triangle = list(_slices(rows.start, own.stop, tile))
+        for others in triangle + elsewhere:
+            shape = (rows.stop - rows.start, others.stop - others.start)
+            logits = buffer[: math.prod(shape)].view(shape)
+            torch.mm(scaled, columns[others].T, out=logits)
+            if others == rows:
+                logits.fill_diagonal_(-math.inf)
+            yield _Tile(rows, others, logits, rows.start < others.start < own.stop)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
+
+
+def _tile_buffer(columns: Tensor, own: slice, tile: int) -> Tensor:
+    return columns.new_empty(min(tile, own.stop - own.start) * min(tile, columns.shape[0]))
 
 
 def _exp_is_in_range(temperature: float, dtype: torch.dtype) -> bool:

@@ -11,7 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CappedPositives", "ClassPositives", "Positives", "SoftPositives", "SummablePositives"]
+__all__ = [
+    "CappedPositives",
+    "ClassPositives",
+    "Positives",
+    "SoftPositives",
+    "SummablePositives",
+    "share_without_positives",
+    "summable_positives",
+]
 
 
 class Positives(Protocol):
@@ -34,6 +42,21 @@ class SummablePositives(Positives, Protocol):
 
     def weighted_sum(self, columns: Tensor) -> Tensor:
         """(n, d) Σ_a w_ia z_a for columns (n + k, d), by class sums: O((n + k)·d), differentiable."""
+
+
+def summable_positives(labels: Tensor, key_labels: Tensor | None, dtype: torch.dtype) -> SummablePositives:
+    """The positives of n anchors by labels (n,) or class probabilities (n, C), and of k keys after them."""
+    kind = SoftPositives if labels.is_floating_point() else ClassPositives
+    return kind.from_labels(labels, key_labels, dtype)
+
+
+@torch.no_grad()
+def share_without_positives(labels: Tensor, key_labels: Tensor | None = None) -> Tensor:
+    """The share of anchors that a contrastive loss leaves out of its mean, from labels alone: a float32 scalar.
+
+    Takes labels as `SupConLoss` does; O((n + k) log(n + k)) time, or O((n + k)·C), and no wait for the device.
+    """
+    return (summable_positives(labels, key_labels, torch.float32).weight <= 0).float().mean()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import losses, pairwise
 from training.losses import SupConLoss, batch_diagnostics
 from training.pairwise import others_logsumexp
-from training.positives import CappedPositives
+from training.positives import CappedPositives, share_without_positives
 
 VARIANTS = list(itertools.product(["outside", "inside"], ["all", "one_positive", "only_negatives"]))
 every_variant = pytest.mark.parametrize(("summation", "denominator"), VARIANTS)
@@ -80,6 +80,7 @@ def twin(
     n_views: int = 1,
     keys: Tensor | None = None,
     key_labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     w, v = weights_of_pairs(labels, key_labels, positives_cap, n_views)
     z = z.double()
@@ -87,7 +88,7 @@ def twin(
     columns = z
     if keys is not None:
         columns = torch.cat([z, keys.double() / keys.double().pow(2).sum(1, keepdim=True).sqrt()])
-    terms = []
+    terms, shares = [], []
     for i in range(len(z)):
         exp = torch.exp(columns @ z[i] / temperature)
         positives = [a for a in range(len(columns)) if w[i, a] > 0]
@@ -106,8 +107,10 @@ def twin(
         share = w[i, positives] / w[i, positives].sum()
         log_ratio = torch.stack(log_ratios)
         outside = -(share * log_ratio).sum()
-        terms.append(outside if summation == "outside" else -(share.log() + log_ratio).logsumexp(0))
-    return torch.stack(terms).mean() if terms else (z * 0).sum()
+        anchor_weight = 1.0 if weights is None else float(weights[i])
+        terms.append(anchor_weight * (outside if summation == "outside" else -(share.log() + log_ratio).logsumexp(0)))
+        shares.append(anchor_weight)
+    return torch.stack(terms).sum() / sum(shares) if sum(shares) else (z * 0).sum()
 
 
 def rows(n: int, d: int = 6, seed: int = 0) -> Tensor:
@@ -177,6 +180,14 @@ CASES = {
     "cap 3, two views": {"labels": LABELS.repeat(2), "n_views": 2, "positives_cap": 3},
     "cap 3, three views": {"labels": LABELS.repeat(3), "n_views": 3, "positives_cap": 3},
     "cap beyond the class": {"labels": LABELS.repeat(2), "n_views": 2, "positives_cap": 99},
+    "weights": {"labels": LABELS, "weights": torch.tensor([1, 0.5, 3, 0, 2, 1, 4]).double()},
+    "weights, probabilities": {"labels": class_probabilities(13), "weights": torch.linspace(0, 1, 13).double()},
+    "weights, cap": {
+        "labels": LABELS.repeat(2),
+        "n_views": 2,
+        "positives_cap": 1,
+        "weights": torch.arange(14).double(),
+    },
 }
 
 
@@ -219,7 +230,7 @@ def test_any_batch_equals_its_twin(data: st.DataObject) -> None:
 def test_tiles_of_any_size_give_the_log_sum_exp_of_the_others(tile: int, temperature: float) -> None:
     z = (rows(8) / rows(8).norm(dim=1, keepdim=True)).requires_grad_()
     keys = rows(5, seed=1) / rows(5, seed=1).norm(dim=1, keepdim=True)
-    lse = others_logsumexp(z, temperature=temperature, keys=keys, tile=tile)
+    lse = others_logsumexp(z, temperature=temperature, columns=torch.cat([z, keys]), tile=tile)
     logits = z @ torch.cat([z, keys]).T / temperature
     expected = logits.masked_fill(torch.eye(8, 13, dtype=torch.bool), -math.inf).logsumexp(1)
     upstream = rows(8, d=1, seed=2).squeeze(1)  # of both signs
@@ -350,6 +361,15 @@ def test_an_anchor_without_positives_still_repels() -> None:
     assert gradient[4].abs().max() > 1e-3
 
 
+@every_variant
+def test_weights_all_zero_give_no_loss_and_no_gradient(summation: str, denominator: str) -> None:
+    z = rows(6).requires_grad_()
+    loss = SupConLoss(summation=summation, denominator=denominator)
+    value, gradient = value_and_gradient(loss(z, torch.arange(6) % 2, weights=torch.zeros(6)), z)
+    assert value.item() == 0
+    assert not gradient.any()
+
+
 def test_only_negatives_needs_a_negative() -> None:
     z = rows(6).requires_grad_()
     loss, gradient = value_and_gradient(SupConLoss(denominator="only_negatives")(z, torch.zeros(6).long()), z)
@@ -460,6 +480,10 @@ BAD_INPUTS = {
         "keys": torch.eye(2) * torch.tensor([1, 0]),
         "key_labels": torch.zeros(2).long(),
     },
+    "weights must be floating-point (4,), not (3,) of torch.float32": {"weights": torch.ones(3)},
+    "not (4,) of torch.int64": {"weights": torch.ones(4).long()},
+    "row 2 of weights is -0.5: weights are finite": {"weights": torch.tensor([1, 0, -0.5, 1])},
+    "row 0 of weights is nan": {"weights": torch.tensor([math.nan, 0, 1, 1])},
     "n_views must divide the 4 rows of z, not 3": {"n_views": 3},
     "row 2 of labels is 1, yet row 0, another view of that image, is 0": {
         "labels": torch.tensor([0, 0, 1, 1]),
@@ -529,6 +553,24 @@ def test_diagnostics_count_anchors_without_positives() -> None:
     assert found.share_without_positives.item() == pytest.approx(2 / 5)
     assert found.mean_positives.item() == pytest.approx((2 + 2 + 2) / 5)
     assert batch_diagnostics(rows(3), torch.arange(3)).alignment.isnan()
+
+
+@pytest.mark.parametrize(
+    ("labels", "key_labels", "share"),
+    [
+        (torch.tensor([4, -1, 4, 8, 9]), None, 3 / 5),
+        (torch.tensor([4, -1, 4, 8, 9]), torch.tensor([9, 9, 5]), 2 / 5),
+        (torch.tensor([3]), None, 1),
+        (torch.zeros(4, dtype=torch.int64), None, 0),
+        (torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]]), None, 1 / 3),
+        (torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]]), torch.tensor([[0, 0.1, 0.9]]), 0),
+    ],
+)
+def test_labels_alone_tell_the_share_without_positives(labels: Tensor, key_labels: Tensor | None, share: float) -> None:
+    assert share_without_positives(labels, key_labels).item() == pytest.approx(share)
+    keys = None if key_labels is None else rows(len(key_labels))
+    found = batch_diagnostics(rows(len(labels)), labels, keys=keys, key_labels=key_labels)
+    assert found.share_without_positives.item() == pytest.approx(share)
 
 
 def test_diagnostics_tell_collapse() -> None:

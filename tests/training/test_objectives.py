@@ -41,6 +41,26 @@ def test_objectives_say_what_they_want() -> None:
     assert wants_embedding == {name.value for name in Objective if list(build(name).parameters())}
     assert all(build(name).uses_embedding != build(name).uses_projection for name in Objective)
     assert [name.value for name in Objective if build(name).takes_keys] == ["supcon"]
+    assert [name.value for name in Objective if build(name).takes_weights] == ["supcon", "cross_entropy"]
+
+
+@pytest.mark.parametrize("name", Objective)
+def test_the_trainers_switches_are_no_options_of_a_recipe(name: str) -> None:
+    objective = build(name)
+    assert (objective.validate, objective.across_ranks) == (True, False)
+    for switch in ("validate", "across_ranks"):
+        with pytest.raises(ValueError, match=f"{name} has no option {switch}"):
+            build(name, **{switch: True})
+
+
+@pytest.mark.parametrize("name", ["supcon", "simclr", "n_pairs"])
+def test_supcons_family_checks_values_unless_told_not_to(name: str) -> None:
+    objective, z = build(name), rows(6).index_fill(0, torch.tensor([1]), 0)
+    labels, n_views = torch.zeros(6).long(), objective.max_views or 2
+    with pytest.raises(ValueError, match="row 1 of z has length 0"):
+        objective(z, labels, n_views=n_views)
+    objective.validate = False
+    assert objective(z, labels, n_views=n_views).isfinite()
 
 
 def test_supcon_passes_all_its_options_on() -> None:
@@ -89,16 +109,23 @@ def test_max_margin_replaces_the_target_angle() -> None:
     assert len(k[target].unique()) > 1  # several branches of the angle's function
 
 
-def test_cross_entropy_takes_probabilities_and_class_weights() -> None:
-    z, labels = rows(6).float(), torch.arange(6) % 3
-    weights = torch.tensor([1.0, 2.0, 4.0])
-    objective = build("cross_entropy", class_weights=weights, label_smoothing=0.1)
-    logits = objective.get_submodule("classifier")(z)
-    expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
-    torch.testing.assert_close(objective(z, labels, n_views=1), expected)
-    plain = build("cross_entropy")
-    probabilities = F.one_hot(labels, 3).double()
-    torch.testing.assert_close(plain(z, probabilities, n_views=1), plain(z, labels, n_views=1))
+def test_cross_entropy_takes_probabilities() -> None:
+    z, labels, objective = rows(6).float(), torch.arange(6) % 3, build("cross_entropy")
+    smoothed = 0.9 * F.one_hot(labels, 3).double() + 0.1 / 3
+    expected = F.cross_entropy(objective.get_submodule("classifier")(z), labels, label_smoothing=0.1)
+    torch.testing.assert_close(objective(z, smoothed, n_views=1), expected)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy_weighs_rows(soft: bool) -> None:
+    z, labels, objective = rows(6), torch.arange(6) % 3, build("cross_entropy").double()
+    of_class = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    expected = F.cross_entropy(objective.get_submodule("classifier")(z), labels, weight=of_class)  # Σ w L / Σ w
+    targets = F.one_hot(labels, 3).double() if soft else labels
+    torch.testing.assert_close(objective(z, targets, n_views=1, weights=of_class[labels]), expected)
+    assert objective(z, targets, n_views=1, weights=torch.zeros(6)) == 0
+    with pytest.raises(ValueError, match=r"weights must be floating-point \(6,\), not \(3,\)"):
+        objective(z, targets, n_views=1, weights=of_class)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +155,5 @@ def test_building_names_what_is_unknown_or_missing() -> None:
         build_objective("cross_entropy", n_classes=3)
     with pytest.raises(ValueError, match="triplet has no option temperature: its options are margin, positive_mining"):
         build_objective("triplet", temperature=0.1)
-    with pytest.raises(ValueError, match="class_weights must be"):
-        build("cross_entropy", class_weights=torch.ones(2))
+    with pytest.raises(ValueError, match="cross_entropy has no option label_smoothing: its options are none"):
+        build("cross_entropy", label_smoothing=0.1)
