@@ -23,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from coterie.classifier import Calibration, Classification, classify
 from coterie.clusters import ClassClusters
-from coterie.dataset import check_label
 from coterie.encoder import Encoder
 from coterie.errors import BundleError, DataError, ImageError
 from coterie.files import atomic_directory
 from coterie.gallery import Gallery, GalleryItems, Snapshot, matrix_column
 from coterie.images import ImageSource, Preprocessing, load_pixels
+from coterie.labels import check_label
 from coterie.store import Store
 
 __all__ = ["Bundle", "EncoderCard", "FileEntry", "Manifest", "write_bundle"]

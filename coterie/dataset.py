@@ -1,26 +1,35 @@
-"""Labelled images: found in a class-per-folder tree, read once, hashed, split.
+"""Labelled images: found in a class-per-folder tree or a table, read once, hashed.
 
 Knows paths, labels and contents. Knows nothing of encoders beyond the pixels they ask for.
 """
 
 import hashlib
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from coterie.errors import DataError, ImageError
 from coterie.images import IMAGE_SUFFIXES, Limits, Preprocessing, decode, fit, read_file, thumbnail
+from coterie.labels import check_counts, check_label
 from coterie.machine import processors
+from coterie.splits import group_by_pattern
+from coterie.tables import TABLE_SUFFIXES, read_table
 
-__all__ = ["LabelledImages", "LabelledPixels", "Rejected", "check_label", "read_folder", "read_pixels", "split_by_hash"]
+__all__ = [
+    "LabelledImages",
+    "LabelledPixels",
+    "Rejected",
+    "read_folder",
+    "read_images",
+    "read_pixels",
+]
 
 Progress = Callable[[int], None]
-LABEL_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -28,19 +37,32 @@ class LabelledImages:
     """Where labelled images lie; nothing has been opened yet.
 
     Attributes:
-        root: the folder that was read.
-        paths: relative to `root`, sorted within each class.
+        root: the folder that was read, or that holds the table.
+        paths: relative to `root`; sorted within each class, or in the order of the table's rows.
         labels: int64 (n,), indices into `classes`.
         classes: sorted class names.
+        groups: the object that each image shows, whose images stay on one side of a split; None where nobody asked.
+        contents: binary (n,), the encoded images of a Parquet file, in memory; null where the file at `paths` is meant.
     """
 
     root: Path
     paths: tuple[Path, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    contents: pa.ChunkedArray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def read(self, row: int, limits: Limits = Limits()) -> bytes:
+        """The encoded image of a row, wherever it lies.
+
+        Raises:
+            ImageError: its file cannot be read, or is over the limit.
+        """
+        content: bytes | None = self.contents[row].as_py() if self.contents is not None else None
+        return read_file(self.root / self.paths[row], limits) if content is None else content
 
 
 @dataclass(frozen=True)
@@ -56,16 +78,18 @@ class Rejected:
 
 @dataclass(frozen=True)
 class LabelledPixels:
-    """Labelled images in memory, at one size.
+    """Labelled images that were read, at one size.
 
     Attributes:
-        pixels: uint8 (n, height, width, 3).
+        pixels: uint8 (n, height, width, 3); without any rows where they were not to be kept.
         labels: int64 (n,), indices into `classes`.
         classes: class names; a class may have lost all its images.
-        paths: relative to the folder that was read.
+        paths: relative to the folder that was read, or that holds the table.
         hashes: sha256 of each file's bytes, hexadecimal.
         thumbnails: small WebP pictures, or empty when none were asked for.
         rejected: what was left out.
+        groups: the object that each image shows; None where nobody asked.
+        rows: int64 (n,), which of the `LabelledImages` each image was.
     """
 
     pixels: NDArray[np.uint8]
@@ -73,8 +97,10 @@ class LabelledPixels:
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
     hashes: tuple[str, ...]
+    rows: NDArray[np.int64]
     thumbnails: tuple[bytes, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    groups: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,34 +123,50 @@ class LabelledPixels:
         rows = np.flatnonzero(mask)
         return replace(
             self,
-            pixels=self.pixels[rows],
+            pixels=self.pixels[rows] if len(self.pixels) else self.pixels,
             labels=self.labels[rows],
+            rows=self.rows[rows],
             paths=tuple(self.paths[i] for i in rows),
             hashes=tuple(self.hashes[i] for i in rows),
             thumbnails=tuple(self.thumbnails[i] for i in rows) if self.thumbnails else (),
+            groups=_rows(self.groups, rows),
         )
 
 
-def check_label(label: str) -> str:
-    """Return `label` if it may name a class.
+def read_images(data: Path, *, group: str | None = None, min_classes: int = 1, min_images: int = 1) -> LabelledImages:
+    """Find the labelled images of a class-per-folder tree, a CSV or a Parquet file.
+
+    Args:
+        group: what tells which object an image shows: the name of a table's column, or for a tree a regular expression
+            as `group_by_pattern` takes it.
 
     Raises:
-        DataError: it is empty, over 128 bytes of UTF-8, `.` or `..`, or has a `/` or control characters.
+        DataError: `data` is none of the three or cannot be used, has too few classes, or a class with too few images.
     """
-    problem = ""
-    if not label or label in (".", ".."):
-        problem = "it is empty or a dot name"
-    elif "/" in label or any(unicodedata.category(character) in ("Cc", "Cs") for character in label):
-        problem = "it has a slash or a control character"
-    elif len(label.encode("utf-8")) > LABEL_BYTES:
-        problem = f"it is longer than {LABEL_BYTES} bytes"
-    if problem:
-        raise DataError(f"{label[:140]!r} cannot name a class: {problem}")
-    return label
+    if data.is_dir():
+        return read_folder(data, group=group, min_classes=min_classes, min_images=min_images)
+    if data.suffix.lower() not in TABLE_SUFFIXES:
+        raise DataError(
+            f"{data} is not a folder, a .csv or a .parquet file: give a folder that holds one folder of images per "
+            "class, or a table with a row for each image"
+        )
+    table = read_table(data, group=group)
+    classes = tuple(sorted(set(table.labels)))
+    numbers = {label: number for number, label in enumerate(classes)}
+    labels = np.asarray([numbers[label] for label in table.labels], dtype=np.int64)
+    check_counts(labels, classes, where=data, min_classes=min_classes, min_images=min_images)
+    return LabelledImages(
+        root=data.parent,
+        paths=tuple(map(Path, table.paths)),
+        labels=labels,
+        classes=classes,
+        groups=table.groups,
+        contents=table.contents,
+    )
 
 
-def read_folder(root: Path, *, min_classes: int = 1, min_images: int = 1) -> LabelledImages:
-    """Find the images of a class-per-folder tree: `root/<label>/**/<image>`.
+def read_folder(root: Path, *, group: str | None = None, min_classes: int = 1, min_images: int = 1) -> LabelledImages:
+    """Find the images of a class-per-folder tree: `root/<label>/**/<image>`; as `read_images`, but for folders only.
 
     Hidden files and files without an image's suffix are passed over.
 
@@ -136,41 +178,18 @@ def read_folder(root: Path, *, min_classes: int = 1, min_images: int = 1) -> Lab
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise DataError(f"{root} has no class folders: put the images of each class into a folder named after it")
+    classes = tuple(folder.name for folder in folders)
     paths: list[Path] = []
-    labels: list[int] = []
+    numbers: list[int] = []
     for number, folder in enumerate(folders):
         check_label(folder.name)
         found = sorted(_image_files(folder))
         paths += [path.relative_to(root) for path in found]
-        labels += [number] * len(found)
-    images = LabelledImages(
-        root=root,
-        paths=tuple(paths),
-        labels=np.asarray(labels, dtype=np.int64),
-        classes=tuple(folder.name for folder in folders),
-    )
-    check_counts(images.labels, images.classes, where=root, min_classes=min_classes, min_images=min_images)
-    return images
-
-
-def check_counts(
-    labels: NDArray[np.int64], classes: Sequence[str], *, where: Path, min_classes: int, min_images: int
-) -> None:
-    """Raise DataError unless there are enough classes and enough images in each."""
-    counts = np.bincount(labels, minlength=len(classes))
-    if len(classes) < min_classes:
-        found = _counted(len(classes), "class", "classes")
-        raise DataError(
-            f"{where} has {found} ({', '.join(classes)}), at least {min_classes} are "
-            "needed: put the images of each class into a folder named after it"
-        )
-    for name, count in zip(classes, counts, strict=True):
-        if count < min_images:
-            found = _counted(int(count), "image", "images")
-            raise DataError(
-                f"class {name!r} in {where} has {found}, at least {min_images} are needed: "
-                "add images or remove the folder"
-            )
+        numbers += [number] * len(found)
+    labels = np.asarray(numbers, dtype=np.int64)
+    check_counts(labels, classes, where=root, min_classes=min_classes, min_images=min_images)
+    groups = None if group is None else group_by_pattern(paths, group)
+    return LabelledImages(root=root, paths=tuple(paths), labels=labels, classes=classes, groups=groups)
 
 
 def read_pixels(
@@ -181,32 +200,34 @@ def read_pixels(
     strict: bool = False,
     limits: Limits = Limits(),
     progress: Progress | None = None,
+    keep_pixels: bool = True,
 ) -> LabelledPixels:
-    """Read, hash and decode every image into memory, on as many threads as there are processors.
+    """Read, hash and decode every image, on as many threads as there are processors, and keep the pixels if asked to.
 
-    An image that cannot be read is left out and listed in `rejected`; so is one whose very bytes came before.
+    An image that cannot be read is left out and listed in `rejected`; so is one whose very bytes came before, even
+    under another label, which its reason then names.
 
     Raises:
         DataError: with `strict`, if any image cannot be read; without, if none can.
     """
 
-    def read(path: Path) -> tuple[str, NDArray[np.uint8], bytes] | Rejected:
+    def read(row: int) -> tuple[str, NDArray[np.uint8], bytes] | Rejected:
         try:
-            data = read_file(images.root / path, limits)
+            data = images.read(row, limits)
             image = decode(data, background=preprocessing.background, limits=limits)
             picture = thumbnail(image) if thumbnails else b""
             return hashlib.sha256(data).hexdigest(), fit(image, preprocessing), picture
         except ImageError as error:
-            return Rejected(path, str(error))
+            return Rejected(images.paths[row], str(error))
 
-    pixels = np.empty((len(images), *preprocessing.input_size, 3), dtype=np.uint8)
+    pixels = np.empty((len(images) if keep_pixels else 0, *preprocessing.input_size, 3), dtype=np.uint8)
     kept: list[int] = []
     hashes: list[str] = []
     pictures: list[bytes] = []
     rejected: list[Rejected] = []
     first_seen: dict[str, int] = {}
     with ThreadPoolExecutor(processors()) as pool:
-        for row, result in enumerate(pool.map(read, images.paths)):
+        for row, result in enumerate(pool.map(read, range(len(images)))):
             if progress:
                 progress(1)
             if isinstance(result, Rejected):
@@ -216,10 +237,11 @@ def read_pixels(
                 continue
             digest, content, picture = result
             if digest in first_seen:
-                rejected.append(Rejected(images.paths[row], f"the same bytes as {images.paths[first_seen[digest]]}"))
+                rejected.append(Rejected(images.paths[row], _same_bytes(images, first_seen[digest], row)))
                 continue
             first_seen[digest] = row
-            pixels[len(kept)] = content
+            if keep_pixels:
+                pixels[len(kept)] = content
             kept.append(row)
             hashes.append(digest)
             pictures.append(picture)
@@ -232,33 +254,22 @@ def read_pixels(
         classes=images.classes,
         paths=tuple(images.paths[row] for row in kept),
         hashes=tuple(hashes),
+        rows=np.asarray(kept, dtype=np.int64),
         thumbnails=tuple(pictures) if thumbnails else (),
         rejected=tuple(rejected),
+        groups=_rows(images.groups, kept),
     )
 
 
-def split_by_hash(
-    labels: NDArray[np.int64], hashes: Sequence[str], fraction: float, *, seed: int = 0
-) -> NDArray[np.bool_]:
-    """Choose `fraction` of each class by the order of its salted content hashes.
-
-    The choice depends on contents and `seed` alone, not on names or order. A class keeps at least one image on the
-    side that is not chosen; classes too small for the fraction give none.
-
-    Returns:
-        bool (n,), true where an image is chosen.
-    """
-    salted = np.asarray([hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest() for digest in hashes])
-    chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        take = min(round(fraction * len(rows)), len(rows) - 1)
-        chosen[rows[np.argsort(salted[rows])[:take]]] = True
-    return chosen
+def _same_bytes(images: LabelledImages, first: int, row: int) -> str:
+    reason = f"the same bytes as {images.paths[first]}"
+    if images.labels[first] == images.labels[row]:
+        return reason
+    return f"{reason}, which is labelled {images.classes[images.labels[first]]!r}"
 
 
-def _counted(count: int, one: str, many: str) -> str:
-    return "no " + many if count == 0 else f"only {count} {one if count == 1 else many}"
+def _rows(values: tuple[str, ...] | None, rows: Iterable[int]) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values[row] for row in rows)
 
 
 def _image_files(folder: Path) -> Iterable[Path]:

@@ -6,12 +6,14 @@
 __all__ = [
     "BundleError",
     "CoterieError",
+    "CoterieWarning",
     "DataError",
     "DeviceError",
     "GateFailed",
     "ImageError",
     "RecipeError",
     "StoreError",
+    "TrainingStopped",
 ]
 
 
@@ -45,7 +47,17 @@ class StoreError(CoterieError):
     """The gallery's durable changes cannot be read or written."""
 
 
+class TrainingStopped(CoterieError):  # noqa: N818 - neither a mistake
+    """Training was asked to stop, and has saved its state."""
+
+    exit_code = 143  # as of a process that SIGTERM ends
+
+
 class GateFailed(CoterieError):  # noqa: N818 - a finding, not a mistake
     """A measured value misses its bound: parity, accuracy, verification."""
 
     exit_code = 1
+
+
+class CoterieWarning(UserWarning):
+    """Something that works but is probably not what was meant; shown to the user as one line."""

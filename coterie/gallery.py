@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from coterie.clusters import ClassClusters
-from coterie.dataset import check_label
 from coterie.errors import BundleError, DataError
 from coterie.index import ExactIndex, check_unit_vectors
+from coterie.labels import check_label
 from coterie.store import Store, StoredItem
 
 __all__ = ["Gallery", "GalleryItems", "Snapshot", "item_id", "matrix_column"]

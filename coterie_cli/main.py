@@ -5,6 +5,7 @@ Stages are imported inside their functions, so that `coterie --help` does not wa
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from coterie.errors import CoterieError, GateFailed
+from coterie.errors import CoterieError, CoterieWarning, GateFailed
 
 app = typer.Typer(
     name="coterie",
@@ -29,7 +30,8 @@ console = Console()
 # What only the extra `train` brings, and serving and evaluation do without.
 TRAIN_PACKAGES = frozenset({"torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"})
 
-Data = Annotated[Path, typer.Argument(help="A folder with one folder of images per class.", show_default=False)]
+FORMS = "a folder with one folder of images per class, or a .csv or .parquet file with a row for each image"
+Data = Annotated[Path, typer.Argument(help=f"Labelled images: {FORMS}.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
 Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
@@ -38,6 +40,7 @@ Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
 def main() -> None:
     """Run the command line; errors of the user's making are one line on stderr."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except CoterieError as error:
@@ -54,6 +57,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """A warning of ours is one line on stderr; those of libraries are for developers."""
+    if issubclass(category, CoterieWarning):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @app.command()
@@ -78,17 +87,34 @@ def train(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
     settings: Annotated[list[str] | None, typer.Option("--set", help="Replace a value: optimizer.lr=0.3")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep images of one object on one side of the split: the column that names it, or for a folder a "
+            "regular expression whose first group finds it in the path below the class.",
+            show_default=False,
+        ),
+    ] = None,
+    wandb: Annotated[
+        str | None, typer.Option(help="Also report to this project of Weights & Biases.", show_default=False)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     strict: Strict = False,
 ) -> None:
     """Train an encoder with supervised contrastive learning.
 
     Example: coterie train photos/train --recipe photos-cpu --out runs/photos
+
+    On several GPUs: torchrun --nproc-per-node=4 -m coterie_cli train photos/train --recipe … --out …
     """
+    from training.distributed import is_first_rank
     from training.pretrain import train as train_run
     from training.recipe import load_recipe
 
-    run, images = train_run(data, load_recipe(recipe, settings or []), out, resume=resume, strict=strict)
+    chosen = load_recipe(recipe, settings or [])
+    run, images = train_run(data, chosen, out, group=group, wandb=wandb, resume=resume, strict=strict)
+    if not is_first_rank():
+        return
     last = run.metrics()[-1]
     show_rejected(images.rejected)
     console.print(
@@ -98,9 +124,37 @@ def train(
 
 
 @app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
+    data: Data,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            help="Evaluate on these, in the forms of DATA, instead of what the run held out.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Replace a value: epochs=10")] = None,
+    strict: Strict = False,
+) -> None:
+    """Train a linear classifier on a run's frozen encoder, stage 2 of SupCon, and measure it.
+
+    Example: coterie probe runs/photos photos/train --set augment=false
+    """
+    from training.probe import probe as probe_run
+    from training.probe import probe_settings
+    from training.run import Run
+
+    opened = Run.open(run)
+    result = probe_run(opened, data, probe_settings(opened, settings or []), test=test, strict=strict)
+    show_rejected(result.rejected)
+    top5 = "" if result.top5 is None else f", top-5 {result.top5:.4f}"
+    console.print(f"Linear top-1 {result.top1:.4f}{top5} on {result.images:,} images, in {result.seconds:.0f} s.")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
-    gallery: Annotated[Path, typer.Option(help="A folder with one folder of images per class.")],
+    gallery: Annotated[Path, typer.Option(help=f"Labelled images: {FORMS}.")],
     out: Annotated[Path, typer.Option(help="The bundle directory to write.")] = Path("bundle"),
     name: Annotated[str | None, typer.Option(help="Name of the gallery; by default the recipe's.")] = None,
     push: Annotated[bool, typer.Option(help="Also put the bundle into the BentoML model store.")] = True,
@@ -129,7 +183,7 @@ def export(
 def evaluate(
     bundle: BundlePath,
     data: Data,
-    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in class folders.")] = None,
+    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in the forms of DATA.")] = None,
     false_reject: Annotated[float, typer.Option(help="Share of known images that may be called unknown.")] = 0.05,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
-from coterie.dataset import LabelledPixels, Rejected, read_folder, read_pixels
+from coterie.dataset import LabelledPixels, Rejected, read_images, read_pixels
 from coterie.errors import DataError
 from coterie.gallery import Snapshot
 from coterie.metrics import auroc, confusion, false_positive_rate_at_95, top1
@@ -20,7 +20,7 @@ __all__ = ["ClassResult", "Evaluation", "Mistake", "Queries", "UnknownResult", "
 
 @dataclass(frozen=True)
 class Queries:
-    """Embedded images of a folder: `images` with their unit-length `embeddings` (n, d)."""
+    """Embedded labelled images: `images` with their unit-length `embeddings` (n, d)."""
 
     images: LabelledPixels
     embeddings: NDArray[np.float32]
@@ -109,12 +109,12 @@ class Evaluation:
 
 
 def embed_folder(bundle: Bundle, data: Path, *, strict: bool = False) -> Queries:
-    """Read and embed a class-per-folder tree.
+    """Read and embed labelled images: a class-per-folder tree, a CSV or a Parquet file.
 
     Raises:
-        DataError: the folder cannot be used.
+        DataError: they cannot be used.
     """
-    found = read_folder(data)
+    found = read_images(data)
     with progress_bar(f"reading {data.name}", len(found)) as advance:
         images = read_pixels(
             found, bundle.manifest.encoder.preprocessing, thumbnails=True, strict=strict, progress=advance

@@ -17,8 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Evaluate and print JSON; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.knn", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path, help="bundle directory")
-    parser.add_argument("data", type=Path, help="class-per-folder tree of labelled images")
-    parser.add_argument("--unknown", type=Path, help="class-per-folder tree of images of no known class")
+    parser.add_argument("data", type=Path, help="labelled images: a class-per-folder tree, a CSV or a Parquet file")
+    parser.add_argument("--unknown", type=Path, help="images of no known class, in the same forms")
     parser.add_argument("--false-reject", type=float, default=0.05, help="share of known images that may be refused")
     options = parser.parse_args(arguments)
     try:

@@ -6,7 +6,6 @@ gallery: a threshold drawn from images that are also neighbours would promise to
 
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,15 @@ from numpy.typing import NDArray
 from coterie.bundle import FORMAT, Bundle, EncoderCard, Manifest, write_bundle
 from coterie.classifier import calibrate, score
 from coterie.clusters import ClassClusters
-from coterie.dataset import LabelledPixels, check_label, read_folder, read_pixels, split_by_hash
+from coterie.dataset import LabelledPixels, read_images, read_pixels
 from coterie.encoder import Encoder
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import GalleryItems, Snapshot
+from coterie.labels import check_label
+from coterie.machine import versions
 from coterie.metrics import top1
 from coterie.progress import progress_bar
+from coterie.splits import split_by_hash
 from export.card import model_card
 from export.onnx import to_onnx
 from export.parity import check_parity
@@ -39,7 +41,7 @@ class Export:
     Attributes:
         bundle: the bundle on disk, verified.
         parity: smallest cosine between the exported and the torch encoder.
-        images: what the gallery folder held, with those that could not be read.
+        images: what the gallery held, with those that could not be read.
     """
 
     bundle: Bundle
@@ -50,7 +52,7 @@ class Export:
 def export_run(
     run: Run, gallery: Path, out: Path, *, name: str | None = None, overwrite: bool = False, strict: bool = False
 ) -> Export:
-    """Export a finished run with the class-per-folder tree `gallery` and write the bundle `out`.
+    """Export a finished run with the labelled images `gallery`, a tree or a table, and write the bundle `out`.
 
     Args:
         name: of the gallery, under which a service keeps its changes; by default the recipe's name.
@@ -65,9 +67,11 @@ def export_run(
     encoder, spec = run.load_encoder()
     recipe, record = run.recipe(), run.dataset()
     name = check_label(name or recipe.name)
-    found = read_folder(gallery)
+    found = read_images(gallery)
     with progress_bar("reading gallery", len(found)) as advance:
         images = read_pixels(found, spec.preprocessing, thumbnails=True, strict=strict, progress=advance)
+    # What the run set apart for a last test must not become what its images are compared with.
+    images = images.select(np.asarray([not record.set_apart(digest) for digest in images.hashes]))
     held_out = _held_out(images, record)
     properties = {"embedding_dim": str(encoder.dim), "recipe": recipe.name, "dataset": record.fingerprint}
     with progress_bar("exporting to ONNX", None):
@@ -97,7 +101,7 @@ def export_run(
             "architecture": spec.name,
             "dataset": record.fingerprint,
             "gallery": images.fingerprint,
-            "versions": {package: version(package) for package in ("coterie", "torch", "onnx", "timm")},
+            "versions": versions("coterie", "torch", "onnx", "timm"),
         },
         files={},
     )
@@ -121,7 +125,7 @@ def _held_out(images: LabelledPixels, record: DatasetRecord) -> NDArray[np.bool_
     if not held_out.any():
         raise DataError(
             "every image of the gallery was trained on, none is left to calibrate with: "
-            "give the folder that the run was trained on, or add new images"
+            "give the images that the run was trained on, or add new ones"
         )
     return held_out
 

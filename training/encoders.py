@@ -1,29 +1,95 @@
 """Encoders and projection heads: pixels in, features out.
 
-Knows architectures and normalisation constants; knows nothing of losses, data or schedules.
+Knows architectures and normalisation constants; knows nothing of losses, data or schedules. Where first weights come
+from is training.start's business.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from coterie.errors import RecipeError
 from coterie.images import Preprocessing
+from training.cifar_resnet import CifarResNet
 from training.whitening import fit_whitening
 
-__all__ = ["CifarResNet", "EncoderSpec", "ImageEncoder", "build_encoder", "projection_head"]
+__all__ = [
+    "CifarResNet",
+    "EncoderSpec",
+    "ImageEncoder",
+    "Stem",
+    "build_encoder",
+    "encoder_warnings",
+    "projection_head",
+]
+
+Stem = Literal["auto", "small", "large"]
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
+# At 64 pixels the large stem leaves 2×2 features; above 96 the small one keeps 13×13 and more, at 16 times the memory.
+SMALL_IMAGE, LARGE_IMAGE = 64, 96
+STRIDE = {"small": 8, "large": 32}  # of a ResNet's features, by its stem
+CIFAR_STRIDE = 4
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What rebuilds an encoder beside its weights; written to a run's encoder.json."""
+    """What rebuilds an encoder beside its weights; written to a run's encoder.json.
+
+    Attributes:
+        name: resnet18, 34, 50, 101, 152 or 200, cifar_resnetN with N = 6n+2, or timm:NAME.
+        width: channels of the first stage, of cifar_resnetN only.
+        mean, std: per channel, of pixels scaled to 0 … 1.
+        stem: of a ResNet: small (3×3 convolution of stride 1) or large (7×7 of stride 2, then a max-pool). `auto`
+            becomes small where the input's shorter side has at most 64 pixels. Other models of timm stay as they
+            are, which is called large.
+
+    Raises:
+        RecipeError: no such architecture, or it cannot have this stem.
+    """
 
     name: str
     width: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     preprocessing: Preprocessing
+    stem: Stem = "auto"
+
+    def __post_init__(self) -> None:
+        # Resolved at once, so that an encoder is rebuilt as it was whatever `auto` may come to mean.
+        object.__setattr__(self, "stem", _resolve_stem(self))
+
+    @property
+    def timm_name(self) -> str | None:
+        """timm's name of the architecture; None for a CifarResNet."""
+        if self.name in RESNETS:
+            return self.name
+        if self.name.startswith("timm:"):
+            return self.name.removeprefix("timm:")
+        depth = self.name.removeprefix("cifar_resnet")
+        if self.name.startswith("cifar_resnet") and depth.isdecimal() and int(depth) >= 8 and int(depth) % 6 == 2:
+            return None
+        raise RecipeError(
+            f"no encoder {self.name!r}: use {', '.join(RESNETS)}, cifar_resnet8, 14, 20 … (6n+2), or timm:NAME"
+        )
+
+    @property
+    def is_resnet(self) -> bool:
+        """Whether this is a ResNet of either stem, which a CifarResNet is not."""
+        if self.timm_name is None or self.name in RESNETS:
+            return self.name in RESNETS
+        from training.timm_backbones import is_resnet
+
+        return is_resnet(self.timm_name)
+
+    @property
+    def architecture(self) -> str:
+        """The name for people, with what else decides the shapes of the weights."""
+        if self.timm_name is None:
+            return f"{self.name} of width {self.width}"
+        return f"{self.name} with the {self.stem} stem" if self.is_resnet else self.name
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "preprocessing": self.preprocessing.model_dump(mode="json")}
@@ -59,89 +125,93 @@ class ImageEncoder(nn.Module):
         self.centre.copy_(centre)
         self.whitener.copy_(whitener)
 
+    def reset_whitening(self) -> None:
+        """Make the last step the identity again."""
+        self.centre.zero_()
+        self.whitener.copy_(torch.eye(self.dim))
+
 
 def build_encoder(spec: EncoderSpec) -> ImageEncoder:
     """Build an encoder with random weights.
 
     Raises:
-        RecipeError: no such architecture.
+        RecipeError: the architecture cannot take images of this size.
     """
-    if spec.name.startswith("timm:"):
-        backbone, dim = _timm_backbone(spec.name.removeprefix("timm:"))
+    backbone: nn.Module
+    if spec.timm_name is None:
+        backbone = CifarResNet(int(spec.name.removeprefix("cifar_resnet")), spec.width)
+        dim = backbone.dim
     else:
-        depth = spec.name.removeprefix("cifar_resnet")
-        if not (spec.name.startswith("cifar_resnet") and depth.isdigit() and int(depth) % 6 == 2):
-            raise RecipeError(f"no encoder {spec.name!r}: use cifar_resnet8, 14, 20 … (6n+2), or timm:NAME")
-        net = CifarResNet(int(depth), spec.width)
-        backbone, dim = net, net.dim
+        from training.timm_backbones import build_backbone
+
+        backbone, dim = build_backbone(
+            spec.timm_name, spec.preprocessing.input_size, small_stem=spec.is_resnet and spec.stem == "small"
+        )
     return ImageEncoder(backbone, dim, spec.mean, spec.std)
 
 
-def projection_head(dim: int, projection_dim: int) -> nn.Module:
-    """Two-layer head of arXiv 2004.11362, section 3.2.2, with a BatchNorm in between.
+def encoder_warnings(spec: EncoderSpec) -> list[str]:
+    """What looks wrong about an encoder for images of this size; one sentence each."""
+    size = spec.preprocessing.input_size
+    images = f"{_times(size)} images"
+    if spec.timm_name is not None and not spec.is_resnet:
+        from training.timm_backbones import native_size
 
-    Without it SGD at the paper's rate stays collapsed at log(N - 1) on small data sets.
-    """
-    return nn.Sequential(
-        nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True), nn.Linear(dim, projection_dim)
-    )
+        native = native_size(spec.timm_name)
+        if native is None or native == size:
+            return []
+        return [f"{spec.name} was designed for {_times(native)} images; this one takes {images}, and those alone"]
+    stride = STRIDE[spec.stem] if spec.is_resnet else CIFAR_STRIDE
+    found = f"{spec.name} with the {spec.stem} stem makes {_times(_features(size, stride))} features of {images}"
+    if spec.stem == "large" and min(size) <= SMALL_IMAGE:
+        return [f"{found}; encoder.stem=small makes {_times(_features(size, STRIDE['small']))}"]
+    if spec.stem == "small" and min(size) > LARGE_IMAGE:
+        other = "encoder.stem=large" if spec.is_resnet else "resnet18"
+        return [f"{found}; {other} makes {_times(_features(size, STRIDE['large']))} in far less memory"]
+    return []
 
 
-class CifarResNet(nn.Module):
-    """ResNet for small images (He et al., arXiv 1512.03385, section 4.2): 3×3 stem, three stages, 6n+2 layers.
+def projection_head(dim: int, projection_dim: int, layers: int = 2, hidden: int | None = None) -> nn.Module:
+    """The head that training puts on an encoder's features (n, dim) and export drops.
+
+    A BatchNorm follows each hidden layer: without it SGD at the paper's rate stays collapsed at log(N - 1) on small
+    data sets.
 
     Args:
-        depth: 8, 14, 20, 32, 44, 56 …
-        width: channels of the first stage; the following have two and four times as many.
+        layers: 1 is the paper's ImageNet script, 2 its section 3.2.2 (arXiv 2004.11362), 3 as in SimCLR v2
+            (arXiv 2006.10029).
+        hidden: width of the hidden layers, `dim` unless told.
+
+    Raises:
+        RecipeError: no layers, or a hidden width without hidden layers.
     """
-
-    def __init__(self, depth: int, width: int = 16) -> None:
-        super().__init__()
-        blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(_conv(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        stages: list[nn.Module] = []
-        channels = width
-        for stage in range(3):
-            out = width * 2**stage
-            for block in range(blocks):
-                stages.append(_BasicBlock(channels, out, stride=2 if stage and not block else 1))
-                channels = out
-        self.stages = nn.Sequential(*stages)
-        self.dim = channels
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.stages(self.stem(images)).mean((2, 3))
+    if layers < 1:
+        raise RecipeError(f"a projection head of {layers} layers: it has at least 1")
+    if layers == 1 and hidden is not None:
+        raise RecipeError(f"a projection head of 1 layer has no hidden width ({hidden}): leave it out, or use 2 layers")
+    parts: list[nn.Module] = []
+    width = dim
+    for _ in range(layers - 1):
+        out = hidden or dim
+        parts += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+        width = out
+    return nn.Sequential(*parts, nn.Linear(width, projection_dim))
 
 
-class _BasicBlock(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = _conv(channels, out, stride), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = _conv(out, out), nn.BatchNorm2d(out)
-        nn.init.zeros_(self.bn2.weight)  # each block starts as the identity
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        activated: Tensor = self.relu(out + self.shortcut(x))
-        return activated
+def _resolve_stem(spec: EncoderSpec) -> Stem:
+    if spec.is_resnet:
+        if spec.stem != "auto":
+            return spec.stem
+        return "small" if min(spec.preprocessing.input_size) <= SMALL_IMAGE else "large"
+    own: Stem = "small" if spec.timm_name is None else "large"
+    if spec.stem not in ("auto", own):
+        raise RecipeError(f"{spec.name} has no {spec.stem} stem: set encoder.stem=auto, or choose a ResNet")
+    return own
 
 
-def _conv(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+def _features(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return -(-size[0] // stride), -(-size[1] // stride)
 
 
-def _timm_backbone(name: str) -> tuple[nn.Module, int]:
-    import timm
-
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
-        raise RecipeError(f"timm has no model {name!r}; near it: {close}")
-    backbone = timm.create_model(name, pretrained=False, num_classes=0)
-    return backbone, int(backbone.num_features)
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"

@@ -2,37 +2,57 @@
 
 import math
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
-from training.recipe import OptimizerSection, ScheduleSection
+from training.sections import OptimizerSection, ScheduleSection
 
 __all__ = ["build_optimizer", "learning_rate"]
 
 # timm's plain names `sgd` and `lars` mean Nesterov momentum; the paper's settings are without.
-TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw", "lars": "lars", "rmsprop": "rmsprop"}
+TIMM_NAMES = {"sgd": "momentum", "nesterov": "nesterov", "adamw": "adamw", "lars": "lars", "rmsprop": "rmsprop"}
 
 
-def build_optimizer(config: OptimizerSection, modules: nn.Module) -> Optimizer:
-    """An optimiser over all parameters; biases and BatchNorm weights are not decayed."""
-    return create_optimizer_v2(
-        modules,
+def build_optimizer(config: OptimizerSection, encoder: nn.Module, others: nn.Module) -> Optimizer:
+    """An optimiser over the encoder's parameters and those trained beside it.
+
+    Each parameter group has an `lr_scale`, by which the learning rate is to be multiplied.
+    """
+    groups = []
+    for modules, scale in ((encoder, config.encoder_lr_scale), (others, 1.0)):
+        if config.decay_all:
+            found = [{"params": list(modules.parameters()), "weight_decay": config.weight_decay}]
+        else:  # one-dimensional parameters are biases and normalisation's
+            found = param_groups_weight_decay(modules, config.weight_decay)
+        groups += [{**group, "lr_scale": scale} for group in found if group["params"]]
+    takes_eps = config.name in ("adamw", "rmsprop") and config.eps is not None
+    optimizer: Optimizer = create_optimizer_v2(
+        groups,
         opt=TIMM_NAMES[config.name],
         lr=config.lr,
-        weight_decay=config.weight_decay,
+        weight_decay=0.0,  # stands in the groups
         momentum=config.momentum,
+        **({"eps": config.eps} if takes_eps else {}),
     )
+    return optimizer
 
 
 def learning_rate(
     step: int, steps_per_epoch: int, optimizer: OptimizerSection, schedule: ScheduleSection, batch_size: int
 ) -> float:
-    """Linear warm-up, then a half cosine to zero at the last step (SGDR, arXiv 1608.03983, without restarts)."""
+    """Linear warm-up, then half a cosine (arXiv 1608.03983, without restarts), a line or steps to the last step."""
     peak = optimizer.lr * (batch_size / 256 if optimizer.scale_lr else 1)
     warmup = schedule.warmup_epochs * steps_per_epoch
     total = schedule.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    match schedule.decay:
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return peak * (1 - progress)
+        case "step":
+            passed = sum(step >= milestone * total for milestone in schedule.milestones)
+            return peak * schedule.factor**passed

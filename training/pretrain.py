@@ -1,79 +1,97 @@
-"""Stage 1: train an encoder with supervised contrastive learning on labelled images.
+"""Stage 1: train an encoder with supervised contrastive learning on labelled images, on one device or many.
 
-The loop reads top to bottom in `_epoch`. All randomness of an epoch follows from the recipe's seed and the epoch's
-number, so a run that was interrupted and resumed ends with the same weights as one that was not.
+The loop reads top to bottom in `_Loop.run`. All randomness of a step follows from the recipe's seed and the numbers of
+epoch, step and rank, so a run that was interrupted and resumed ends with the same weights as one that was not.
 """
 
-import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from numpy.typing import NDArray
+from torch import Generator, Tensor
 
-from coterie.dataset import LabelledPixels, check_counts, read_folder, read_pixels, split_by_hash
-from coterie.errors import RecipeError
+from coterie.dataset import LabelledPixels
+from coterie.errors import RecipeError, TrainingStopped
 from coterie.machine import processors
-from coterie.progress import progress_bar
-from training.augment import Augment
-from training.encoders import EncoderSpec, ImageEncoder, build_encoder, projection_head
-from training.losses import SupConLoss, batch_diagnostics
-from training.monitor import draw_curves, embed, features_of, knn_top1
-from training.optimisers import build_optimizer, learning_rate
+from coterie.progress import Advance, progress_bar
+from training.distributed import World, gather_rows, own_rows
+from training.health import check_health
+from training.learner import Learner
+from training.logs import MetricsLog
+from training.monitor import centre, draw_curves, features_of, measure
+from training.optimisers import learning_rate
+from training.prepare import Prepared, prepare
 from training.recipe import Recipe
-from training.run import DatasetRecord, Run
+from training.run import Run
+from training.sampling import epoch_batches
 
-__all__ = ["train"]
+__all__ = ["resolve_precision", "train"]
+
+SAVE_SECONDS = 600.0  # between two checkpoints of an epoch that takes longer
+AGREE_STEPS = 50  # between two questions to the other ranks whether to stop
+WHITENING_IMAGES = 50_000
 
 
 def train(
-    data: Path, recipe: Recipe, out: Path, *, resume: bool = False, strict: bool = False
+    data: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    strict: bool = False,
+    group: str | None = None,
+    wandb: str | None = None,
+    time_limit: float | None = None,
 ) -> tuple[Run, LabelledPixels]:
-    """Train on the class-per-folder tree `data` and write the run directory `out`.
+    """Train on labelled images and write the run directory `out`; under torchrun, together with the other ranks.
+
+    Args:
+        data: a class-per-folder tree, a CSV or a Parquet file.
+        group: what keeps images together in the split, see coterie.dataset.read_images.
+        wandb: project of Weights & Biases to report to, if any.
+        time_limit: seconds after which the run is saved and stopped.
 
     Returns:
         The finished run, and the images it was given (with those that could not be read listed).
 
     Raises:
-        DataError: the tree cannot be used; RecipeError: `out` holds another run, or the loss became NaN.
+        DataError: the images cannot be used.
+        RecipeError: `out` holds another run, or the loss became NaN.
+        TrainingStopped: by SIGTERM or the time limit, after the state was saved.
     """
-    run = Run(out)
-    if run.started and not resume:
-        raise RecipeError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if recipe.precision == "auto":
-        recipe = recipe.model_copy(update={"precision": "bf16" if _fast_bf16(device) else "fp32"})
-    images = _read(data, recipe, strict=strict)
-    held_out = split_by_hash(images.labels, images.hashes, recipe.data.calibration, seed=recipe.seed)
-    record = DatasetRecord.of(images, held_out)
-    if run.started:
-        _check_same(run, recipe, record)
-    else:
-        run.write_start(recipe, record)
-    torch.set_num_threads(processors())
-    trainer = _Trainer(recipe, images.select(~held_out), images.select(held_out), device)
-    trainer.fit(run)
-    return run, images
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    world = World.start()
+    try:
+        run = Run(out)
+        if run.started and not resume:
+            raise RecipeError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        recipe = resolve_precision(recipe, world.device)
+        torch.set_num_threads(max(1, processors() // world.size))
+        torch.backends.cudnn.benchmark = True
+        prepared = prepare(data, recipe, world, group=group, strict=strict)
+        if run.started:
+            run.check_same(recipe, prepared.record)
+        loop = _Loop(recipe, prepared, world)
+        if world.is_first and not run.started:
+            run.write_start(recipe, prepared.record)
+        with _stop_signal(deadline) as wants_to_stop:
+            loop.run(run, MetricsLog(run, recipe, wandb=wandb) if world.is_first else None, wants_to_stop)
+        return run, prepared.images
+    finally:
+        world.close()
 
 
-def _read(data: Path, recipe: Recipe, *, strict: bool) -> LabelledPixels:
-    found = read_folder(data, min_classes=2, min_images=2)
-    preprocessing = recipe.data.preprocessing
-    if recipe.data.cache_size:
-        preprocessing = preprocessing.model_copy(update={"input_size": recipe.data.cache_size})
-    with progress_bar("reading images", len(found)) as advance:
-        images = read_pixels(found, preprocessing, strict=strict, progress=advance)
-    check_counts(images.labels, images.classes, where=data, min_classes=2, min_images=2)
-    return images
-
-
-def _check_same(run: Run, recipe: Recipe, record: DatasetRecord) -> None:
-    if run.recipe() != recipe:
-        raise RecipeError(f"{run.path} was started with another recipe: resume with the same, or choose another --out")
-    if run.dataset() != record:
-        raise RecipeError(f"{run.path} was started on other images: resume on the same, or choose another --out")
+def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with `auto` decided for the device."""
+    if recipe.precision != "auto":
+        return recipe
+    return recipe.model_copy(update={"precision": "bf16" if _fast_bf16(device) else "fp32"})
 
 
 def _fast_bf16(device: torch.device) -> bool:
@@ -83,131 +101,177 @@ def _fast_bf16(device: torch.device) -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
 
 
-class _Trainer:
-    """The state of a training run: networks, optimiser, and the images on the device."""
+class _Loop:
+    """The course of epochs and steps, and the place in it."""
 
-    def __init__(self, recipe: Recipe, images: LabelledPixels, held_out: LabelledPixels, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.pixels = torch.from_numpy(images.pixels).to(device)
-        self.labels = torch.from_numpy(images.labels).to(device)
-        self.held_out_pixels = torch.from_numpy(held_out.pixels).to(device)
-        self.held_out_labels = torch.from_numpy(held_out.labels).to(device)
-        torch.manual_seed(recipe.seed)
-        self.spec = EncoderSpec(
-            recipe.encoder.name, recipe.encoder.width, recipe.data.mean, recipe.data.std, recipe.data.preprocessing
-        )
-        # Convolutions are 1.3 to 1.5 times as fast with the channels last.
-        self.encoder: ImageEncoder = build_encoder(self.spec).to(device, memory_format=torch.channels_last)
-        self.head = projection_head(self.encoder.dim, recipe.encoder.projection_dim).to(device)
-        self.objective = recipe.loss.build(n_classes=len(images.classes), embedding_dim=self.encoder.dim).to(device)
-        if isinstance(self.objective, SupConLoss):
-            # Values are checked once an epoch, by the loss; checking each batch would wait for the device.
-            self.objective.validate = False
-        self.modules = nn.ModuleDict({"encoder": self.encoder, "head": self.head, "objective": self.objective})
-        self.optimizer = build_optimizer(recipe.optimizer, self.modules)
-        self.batch_size = min(recipe.batch.size, len(self.labels))
-        self.steps_per_epoch = len(self.labels) // self.batch_size  # the last batch is never ragged
-        self.generator = Generator(device=device)
-        self.augment = Augment(recipe.augment, recipe.data.preprocessing.input_size, self.generator)
+    def __init__(self, recipe: Recipe, data: Prepared, world: World) -> None:
+        self.recipe, self.data, self.world = recipe, data, world
+        self.source = data.source(recipe, world.device)
+        self.labels = torch.from_numpy(data.images.labels).to(world.device)
+        self.learner = Learner(recipe, self.labels[torch.from_numpy(data.train)], data.n_classes, world)
+        whole = world.size * (recipe.batch.images_per_class or 1)
+        self.batch_size = min(recipe.batch.size, len(data.train)) // whole * whole
+        if self.batch_size < 2:
+            raise RecipeError(f"{len(data.train)} training images are too few for batches of {whole}: add images")
+        self.steps_per_epoch = len(data.train) // self.batch_size  # the last batch is never ragged
+        some = np.random.default_rng(recipe.seed).permutation(data.train)
+        self.gallery, self.whitened = np.sort(some[: recipe.monitor.gallery]), np.sort(some[:WHITENING_IMAGES])
         self.rows: list[dict[str, float]] = []
+        self.epoch = self.step = 0
+        self.sums = torch.zeros(2, device=world.device)  # of steps' results; kept there, so that no step waits
+        self.seconds = 0.0  # in this epoch
 
-    def fit(self, run: Run) -> None:
-        """Train to the recipe's last epoch, saving the whole state after each."""
+    def run(self, run: Run, log: MetricsLog | None, wants_to_stop: Callable[[], bool]) -> None:
+        """Train to the last epoch, saving the whole state after each, and measure, whiten and save the encoder."""
         epochs = self.recipe.schedule.epochs
-        first = self._restore(run)
-        with progress_bar(f"training {self.recipe.name}", epochs) as advance:
-            advance(first)
-            for epoch in range(first, epochs):
-                self.rows.append(self._epoch(epoch))
-                run.write_metrics(self.rows)
-                run.save_checkpoint(self._state(epoch + 1))
-                row = self.rows[-1]
-                advance(
-                    1,
-                    note=f"loss {row['loss']:.3f}  k-NN {row['knn_top1']:.3f}  {row['images_per_second']:.0f} images/s",
-                )
-        self._whiten()
-        run.save_encoder(self.encoder, self.spec)
-        draw_curves(self.rows, run.path / "curves.png")
+        self._restore(run)
+        with self._progress(epochs) as advance:
+            while self.epoch < epochs:
+                self._train_epoch(run, wants_to_stop, advance)
+                self.rows.append(self._row())
+                self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+                self.sums.zero_()
+                check_health(self.rows, self.recipe, self.learner.columns(self.batch_size))
+                if log is not None:
+                    log.write(self.rows)
+                    run.save_checkpoint(self._state())
+                advance(0, note=_note(self.rows[-1]))
+                if self.epoch < epochs and self._any_rank(wants_to_stop()):
+                    raise TrainingStopped(f"stopped and saved after {self.epoch} epochs: go on with --resume")
+        if log is not None:
+            self._finish(run, log)
 
-    def _whiten(self) -> None:
-        shrinkage = self.recipe.encoder.whitening_shrinkage
-        if shrinkage is not None:
-            features = features_of(self.encoder, self._centre(self.pixels))
-            self.encoder.whiten(features, self.labels, shrinkage=shrinkage)
+    def _train_epoch(self, run: Run, wants_to_stop: Callable[[], bool], advance: Advance) -> None:
+        """The steps of the current epoch that are still to do."""
+        recipe, world = self.recipe, self.world
+        chosen = epoch_batches(
+            torch.from_numpy(self.data.images.labels[self.data.train]),
+            self.batch_size,
+            Generator().manual_seed(self._seed()),
+            balanced=recipe.data.sampling == "balanced",
+            images_per_class=recipe.batch.images_per_class,
+        )
+        own = torch.from_numpy(self.data.train)[chosen[self.step :, own_rows(self.batch_size)]].to(world.device)
+        self.learner.parallel.train()
+        started = saved = time.perf_counter()
+        before = self.seconds
+        for rows, pixels in zip(own, self.source.batches(own), strict=True):
+            number = self.epoch * self.steps_per_epoch + self.step
+            self.lr = learning_rate(number, self.steps_per_epoch, recipe.optimizer, recipe.schedule, self.batch_size)
+            seed = self._seed(self.step, world.rank)
+            result = self.learner.step(pixels, self.labels[rows], lr=self.lr, number=number, seed=seed)
+            self.sums += torch.stack(result)
+            self.step += 1
+            self.seconds = before + time.perf_counter() - started
+            advance(1)
+            if self.step < self.steps_per_epoch and (world.size == 1 or self.step % AGREE_STEPS == 0):
+                stop = self._any_rank(wants_to_stop())
+                if world.is_first and (stop or time.perf_counter() - saved > SAVE_SECONDS):
+                    run.save_checkpoint(self._state())
+                    saved = time.perf_counter()
+                if stop:
+                    place = f"epoch {self.epoch}, step {self.step} of {self.steps_per_epoch}"
+                    raise TrainingStopped(f"stopped and saved in {place}: go on with --resume")
+        self.sums.cpu()  # the device has now done it all
+        self.seconds = before + time.perf_counter() - started
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
-        recipe, n_views = self.recipe, self.recipe.batch.views
-        self.generator.manual_seed(recipe.seed * 1_000_003 + epoch)
-        self.encoder.train()
-        total = torch.zeros((), device=self.device)  # stays there, so that no step waits for it
-        started = time.perf_counter()
-        for index, rows in enumerate(self._batches()):
-            step = epoch * self.steps_per_epoch + index
-            lr = learning_rate(step, self.steps_per_epoch, recipe.optimizer, recipe.schedule, self.batch_size)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            images, labels = self.pixels[rows], self.labels[rows]
-            views = torch.cat([self.augment(images) for _ in range(n_views)])  # (n_views · b, 3, h, w)
-            views = views.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                features = self.encoder(views)
-                z = self.head(features) if self.objective.uses_projection else features
-            loss = self.objective(z, labels.repeat(n_views), n_views=n_views)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.optimizer.clip_norm:
-                nn.utils.clip_grad_norm_(self.modules.parameters(), recipe.optimizer.clip_norm)
-            self.optimizer.step()
-            total += loss.detach()
-        mean_loss = total.item() / self.steps_per_epoch
-        if not math.isfinite(mean_loss):
-            raise RecipeError(f"the loss is not finite in epoch {epoch}: lower optimizer.lr or raise loss.temperature")
-        seconds = time.perf_counter() - started
-        gallery = embed(self.encoder, self._centre(self.pixels))
-        queries = embed(self.encoder, self._centre(self.held_out_pixels))
-        spread = batch_diagnostics(queries, self.held_out_labels)
+    def _row(self) -> dict[str, float]:
+        """What is written of the epoch that ended."""
+        # Some objectives tell a rank's own loss, whose mean over the ranks is the batch's.
+        loss, without_positives = (gather_rows(self.sums[None]).mean(0) / self.steps_per_epoch).tolist()
         row = {
-            "epoch": epoch,
-            "loss": mean_loss,
-            "knn_top1": knn_top1(gallery, self.labels, queries, self.held_out_labels),
-            "lr": lr,
-            "images_per_second": self.steps_per_epoch * self.batch_size / seconds,
-            "seconds": seconds,
-            "alignment": spread.alignment.item(),
-            "uniformity": spread.uniformity.item(),
+            "epoch": self.epoch,
+            "loss": loss,
+            "lr": self.lr,
+            "share_without_positives": without_positives,
+            "images_per_second": self.steps_per_epoch * self.batch_size / self.seconds,
+            "seconds": self.seconds,
         }
-        # Held-out images without a pair of one class have no alignment; JSON has no word for that.
-        return {name: value for name, value in row.items() if math.isfinite(value)}
+        is_last = self.epoch + 1 == self.recipe.schedule.epochs
+        if self.world.is_first and np.isfinite(loss) and (is_last or (self.epoch + 1) % self.recipe.monitor.every == 0):
+            row |= self._measure(self.data.calibration)
+        # What stays undefined, such as alignment without a pair of one class, has no word in JSON.
+        return {name: value for name, value in row.items() if name == "loss" or np.isfinite(value)}
 
-    def _batches(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.labels), generator=self.generator, device=self.device)
-        return iter(order[: self.steps_per_epoch * self.batch_size].split(self.batch_size))
+    def _measure(self, queries: NDArray[np.int64], prefix: str = "") -> dict[str, float]:
+        measured = measure(
+            self._features(self.gallery),
+            self.labels[torch.from_numpy(self.gallery)],
+            self._features(queries),
+            self.labels[torch.from_numpy(queries)],
+            self.data.n_classes,
+        )
+        return {prefix + name: value for name, value in measured.items()}
 
-    def _centre(self, pixels: Tensor) -> Tensor:
-        """Monitoring's pixels: the cache shrunk to the input size (the real road decodes anew)."""
+    def _features(self, rows: NDArray[np.int64]) -> Tensor:
+        """Features of these images, each shrunk to the input size as a whole."""
         size = self.recipe.data.preprocessing.input_size
-        if tuple(pixels.shape[1:3]) == size:
-            return pixels
-        parts = [
-            F.interpolate(part.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True).round_().byte()
-            for part in pixels.split(1024)
-        ]
-        return torch.cat(parts).permute(0, 2, 3, 1)
+        batches = self.source.batches(torch.from_numpy(rows).to(self.world.device).split(512))
+        return features_of(self.learner.encoder, (centre(pixels, size) for pixels in batches))
 
-    def _state(self, epochs_done: int) -> dict[str, object]:
+    def _finish(self, run: Run, log: MetricsLog) -> None:
+        if len(self.data.test):
+            self.rows[-1] |= self._measure(self.data.test, prefix="test_")
+            log.write(self.rows)
+        encoder, shrinkage = self.learner.encoder, self.recipe.encoder.whitening_shrinkage
+        if shrinkage is not None:
+            labels = self.labels[torch.from_numpy(self.whitened)]
+            encoder.whiten(self._features(self.whitened), labels, shrinkage=shrinkage)
+        run.save_encoder(encoder, self.learner.spec)
+        draw_curves(self.rows, run.path / "curves.png")
+        log.close()
+
+    def _seed(self, *place: int) -> int:
+        """63 bits for the current epoch, or a place in it."""
+        state = np.random.SeedSequence([self.recipe.seed, self.epoch, *place]).generate_state(1, np.uint64)
+        return int(state[0]) >> 1
+
+    def _any_rank(self, stop: bool) -> bool:
+        return bool(gather_rows(torch.tensor([stop], device=self.world.device)).any()) if self.world.size > 1 else stop
+
+    @contextmanager
+    def _progress(self, epochs: int) -> Iterator[Advance]:
+        if not self.world.is_first:
+            yield lambda *_, **__: None
+            return
+        with progress_bar(f"training {self.recipe.name}", epochs * self.steps_per_epoch) as advance:
+            advance(self.epoch * self.steps_per_epoch + self.step, note=_note(self.rows[-1]) if self.rows else "")
+            yield advance
+
+    def _state(self) -> dict[str, object]:
         return {
-            "epochs_done": epochs_done,
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "epochs_done": self.epoch,
+            "steps_done": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
             "rows": self.rows,
+            "learner": self.learner.state_dict(),
         }
 
-    def _restore(self, run: Run) -> int:
+    def _restore(self, run: Run) -> None:
         state = run.load_checkpoint()
-        if state is None:
-            return 0
-        self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rows = list(state["rows"])
-        return int(state["epochs_done"])
+        if state is not None:
+            self.learner.load_state_dict(state["learner"])
+            self.epoch, self.step, self.seconds = state["epochs_done"], state["steps_done"], state["seconds"]
+            self.sums.copy_(state["sums"])
+            self.rows = list(state["rows"])
+
+
+def _note(row: dict[str, float]) -> str:
+    accuracy = f"k-NN {row['knn_top1']:.3f}  " if "knn_top1" in row else ""
+    return f"epoch {row['epoch'] + 1}  loss {row['loss']:.3f}  {accuracy}{row['images_per_second']:.0f} images/s"
+
+
+@contextmanager
+def _stop_signal(deadline: float | None) -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM came or the deadline passed."""
+    received: list[int] = []
+    before = None
+    # Outside the main thread signals belong to whoever runs it.
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received) or (deadline is not None and time.monotonic() > deadline)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

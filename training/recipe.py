@@ -1,167 +1,107 @@
 """A recipe: everything that decides how an encoder is trained, validated before any work starts.
 
-Recipes are YAML files. `--set optimizer.lr=0.3` replaces single values; what was really used is written to the run.
+Recipes are YAML files. One that begins with `extends: NAME` takes that recipe's values and replaces those it gives
+itself; `--set optimizer.lr=0.3` replaces single values. What was really used is written to the run.
 """
 
+import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from coterie.errors import RecipeError
-from coterie.images import Preprocessing
-from training.objectives import Objective, ObjectiveModule, build_objective
+from training.sections import (
+    AugmentSection,
+    BatchSection,
+    DataSection,
+    EmaSection,
+    EncoderSection,
+    LossSection,
+    MomentumSection,
+    MonitorSection,
+    OptimizerSection,
+    ScheduleSection,
+    Section,
+    TargetSection,
+)
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataSection(Section):
-    """What the encoder sees of each image.
-
-    Attributes:
-        cache_size: height and width at which training images are kept in memory, at least the input size; random
-            crops are cut from these.
-        mean, std: per channel, of pixels scaled to 0 … 1; they become part of the exported graph.
-        calibration: share of each class that is never trained on, kept for monitoring and calibration.
-    """
-
-    preprocessing: Preprocessing
-    cache_size: tuple[int, int] | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    calibration: Annotated[float, Field(gt=0, lt=1)] = 0.15
-
-
-class EncoderSection(Section):
-    """The backbone: one of `training.encoders`' own small ResNets, or `timm:NAME`.
-
-    Attributes:
-        projection_dim: width of the projection head's output, which the loss sees.
-        whitening_shrinkage: of the within-class covariance, see training.whitening; null leaves the features alone.
-    """
-
-    name: str = "cifar_resnet20"
-    width: Annotated[int, Field(ge=4)] = 16
-    projection_dim: Annotated[int, Field(ge=2)] = 128
-    whitening_shrinkage: Annotated[float, Field(gt=0, le=1)] | None = 0.1
-
-
-class LossSection(BaseModel):
-    """An objective by name, with its own options beside it; see training.objectives.
-
-    SupCon's are temperature, summation, denominator, positives_cap and scale_by_temperature.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    objective: Objective = Objective.SUPCON
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    def build(self, *, n_classes: int, embedding_dim: int) -> ObjectiveModule:
-        """The objective with these options."""
-        return build_objective(self.objective, n_classes=n_classes, embedding_dim=embedding_dim, **self.options)
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> "LossSection":
-        try:
-            self.build(n_classes=2, embedding_dim=2)
-        except TypeError as error:  # an option of the wrong type; pydantic only takes a ValueError for a user's
-            raise ValueError(str(error)) from error
-        return self
-
-
-class AugmentSection(Section):
-    """Random changes, drawn for each image and view; see training.augment for what each does."""
-
-    crop_area: tuple[Positive, Positive] = (0.2, 1.0)
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    flip: Share = 0.5
-    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    shear: Annotated[float, Field(ge=0, le=45)] = 0.0
-    jitter: Share = 0.8
-    brightness: Share = 0.4
-    contrast: Share = 0.4
-    saturation: Share = 0.4
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    grey: Share = 0.2
-    blur: Share = 0.0
-
-
-class OptimizerSection(Section):
-    """Optimiser by timm's name; the rate is scaled by batch size / 256 when `scale_lr` is set."""
-
-    name: Literal["sgd", "adamw", "lars", "rmsprop"] = "adamw"
-    lr: Positive = 1e-3
-    momentum: Share = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    scale_lr: bool = False
-    clip_norm: Positive | None = None
-
-
-class ScheduleSection(Section):
-    """Linear warm-up, then cosine decay to zero, stepped every batch."""
-
-    epochs: Annotated[int, Field(ge=1)] = 100
-    warmup_epochs: Annotated[float, Field(ge=0)] = 5
-
-
-class BatchSection(Section):
-    """Images per step and augmented views of each."""
-
-    size: Annotated[int, Field(ge=2)] = 256
-    views: Annotated[int, Field(ge=1)] = 2
 
 
 class Recipe(Section):
     """A validated training configuration.
 
     Attributes:
+        momentum, ema: null leaves them out.
         precision: of the encoder's forward and backward pass; the loss is always in float32. `auto` takes bf16 where
             the processor has instructions for it, and the run's recipe.yaml says which it was.
+        compile: let torch.compile fuse the encoder's and the augmentation's operations; costs a minute at the start.
     """
 
     name: str
     data: DataSection
     encoder: EncoderSection = EncoderSection()
     loss: LossSection = LossSection()
+    targets: TargetSection = TargetSection()
     augment: AugmentSection = AugmentSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     batch: BatchSection = BatchSection()
+    momentum: MomentumSection | None = None
+    ema: EmaSection | None = None
+    monitor: MonitorSection = MonitorSection()
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
-    def _views_suit_the_objective(self) -> "Recipe":
-        wanted, views = self.loss.build(n_classes=2, embedding_dim=2), self.batch.views
-        if views < wanted.min_views or (wanted.max_views is not None and views > wanted.max_views):
-            most = "" if wanted.max_views is None else f" and at most {wanted.max_views}"
-            raise ValueError(
-                f"batch.views is {views}: {self.loss.objective} takes at least {wanted.min_views}{most} of each image"
-            )
+    def _sections_fit(self) -> "Recipe":
+        for problem in self._problems():
+            raise ValueError(problem)
         return self
 
-    @model_validator(mode="after")
-    def _cache_holds_the_input(self) -> "Recipe":
+    def _problems(self) -> list[str]:
+        """What single sections cannot see."""
+        objective, wanted = self.loss.objective, self.loss.build(n_classes=2, embedding_dim=2)
+        batch, views = self.batch, self.batch.views
+        most = "" if wanted.max_views is None else f" and at most {wanted.max_views}"
         cache, size = self.data.cache_size, self.data.preprocessing.input_size
-        if cache and (cache[0] < size[0] or cache[1] < size[1]):
-            raise ValueError(f"data.cache_size {cache} is smaller than data.preprocessing.input_size {size}")
-        return self
+        learns_classes = any(True for _ in wanted.parameters())
+        wrong = {
+            f"batch.views is {views}: {objective} takes at least {wanted.min_views}{most} of each image": (
+                views < wanted.min_views or views > (wanted.max_views or views)
+            ),
+            f"data.cache_size {cache} is smaller than data.preprocessing.input_size {size}": (
+                cache is not None and (cache[0] < size[0] or cache[1] < size[1])
+            ),
+            "data.calibration and data.test together leave no image to train on": (
+                self.data.calibration + self.data.test >= 1
+            ),
+            f"targets give class probabilities, which {objective} does not take: set mixup and label_smoothing to 0": (
+                self.targets.soft and not wanted.soft_labels
+            ),
+            f"targets.class_weights is balanced, but {objective} does not weigh its anchors": (
+                self.targets.class_weights == "balanced" and not wanted.takes_weights
+            ),
+            f"momentum keeps a queue, which {objective} does not take: leave momentum out": (
+                self.momentum is not None and not wanted.takes_keys
+            ),
+            "momentum encodes the last view of each image: set batch.views to 2 or more": (
+                self.momentum is not None and views < 2
+            ),
+            f"batch.chunk is for losses over the whole batch; {objective} needs none: use a smaller batch": (
+                batch.chunk is not None and learns_classes
+            ),
+            f"batch.images_per_class {batch.images_per_class} does not divide batch.size {batch.size}": (
+                batch.images_per_class is not None and batch.size % batch.images_per_class != 0
+            ),
+        }
+        return [problem for problem, found in wrong.items() if found]
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
@@ -177,26 +117,43 @@ def load_recipe(name_or_file: str, settings: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name, or a YAML file, and apply `key.key=value` settings.
 
     Raises:
-        RecipeError: no such recipe, not YAML, or a value that does not fit; the message names the key.
+        RecipeError: no such recipe, not YAML, or a value that does not fit; the message names the key, and what an
+            unknown key may have meant.
     """
-    text = _read(name_or_file)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_file} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {name_or_file} holds no settings")
+    values = _values(name_or_file)
     for setting in settings:
         _apply(values, setting)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(_problem(details) for details in error.errors())
         raise RecipeError(f"recipe {name_or_file}: {problems}") from error
 
 
 def _shipped() -> Any:
     return resources.files("training") / "recipes"
+
+
+def _values(name_or_file: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name_or_file in extended_by:
+        raise RecipeError(f"recipe {name_or_file} extends itself, by way of {', '.join(extended_by)}")
+    try:
+        values = yaml.safe_load(_read(name_or_file))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name_or_file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {name_or_file} holds no settings")
+    extended = values.pop("extends", None)
+    return values if extended is None else _merged(_values(str(extended), (*extended_by, name_or_file)), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Section by section; but a loss replaces a loss, for their options differ."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "loss"
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _read(name_or_file: str) -> str:
@@ -214,7 +171,32 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting!r}: write it as key=value, for example optimizer.lr=0.3")
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # a section that is left out, or null
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise RecipeError(f"--set {setting!r}: {parent} holds a value, not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {setting!r}: {text!r} is not a YAML value") from error
+
+
+def _problem(details: ErrorDetails) -> str:
+    """One validation error in words; an unknown key with the known one nearest to it."""
+    *parents, last = (str(part) for part in details["loc"]) if details["loc"] else ("",)
+    name = ".".join([*parents, last])
+    if details["type"] != "extra_forbidden":
+        return f"{name}: {details['msg']}" if name else details["msg"].removeprefix("Value error, ")
+    known = _keys(parents)
+    near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+    return f"{name} is unknown: " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+
+
+def _keys(parents: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for parent in parents:
+        annotation: Any = model.model_fields[parent].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]  # `Section | None` for an optional one
+        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+    return list(model.model_fields)

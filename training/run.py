@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -40,24 +41,21 @@ class DatasetRecord:
     Attributes:
         fingerprint: of all images, training and calibration together.
         classes: class names in the order of the labels.
-        train, calibration: first 16 hexadecimal digits of each image's sha256.
+        train, calibration, test: first 16 hexadecimal digits of each image's sha256.
     """
 
     fingerprint: str
     classes: tuple[str, ...]
     train: frozenset[str]
     calibration: frozenset[str]
+    test: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, images: LabelledPixels, calibration: np.ndarray) -> "DatasetRecord":
-        """Record `images`, of which those where `calibration` (n,) is true were held out."""
+    def of(cls, images: LabelledPixels, **parts: NDArray[np.int64]) -> "DatasetRecord":
+        """Record `images`; `train`, `calibration` and `test` are rows of theirs."""
         short = np.asarray([digest[:HASH_DIGITS] for digest in images.hashes])
-        return cls(
-            fingerprint=images.fingerprint,
-            classes=images.classes,
-            train=frozenset(short[~calibration].tolist()),
-            calibration=frozenset(short[calibration].tolist()),
-        )
+        split = {name: frozenset(short[rows].tolist()) for name, rows in parts.items()}
+        return cls(fingerprint=images.fingerprint, classes=images.classes, **split)
 
     def has_trained_on(self, digest: str) -> bool:
         """Whether the image of this sha256 was among the training images."""
@@ -67,20 +65,27 @@ class DatasetRecord:
         """Whether the image of this sha256 was kept for calibration."""
         return digest[:HASH_DIGITS] in self.calibration
 
+    def set_apart(self, digest: str) -> bool:
+        """Whether the image of this sha256 was kept for a last test."""
+        return digest[:HASH_DIGITS] in self.test
+
+    @property
+    def split(self) -> dict[str, frozenset[str]]:
+        """The parts by name."""
+        return {"train": self.train, "calibration": self.calibration, "test": self.test}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
             "classes": list(self.classes),
-            "counts": {"train": len(self.train), "calibration": len(self.calibration)},
-            "split": {"train": sorted(self.train), "calibration": sorted(self.calibration)},
+            "counts": {name: len(part) for name, part in self.split.items()},
+            "split": {name: sorted(part) for name, part in self.split.items()},
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DatasetRecord":
-        split = values["split"]
-        return cls(
-            values["fingerprint"], tuple(values["classes"]), frozenset(split["train"]), frozenset(split["calibration"])
-        )
+        split = {name: frozenset(part) for name, part in values["split"].items()}
+        return cls(fingerprint=values["fingerprint"], classes=tuple(values["classes"]), **split)
 
 
 class Run:
@@ -116,6 +121,15 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """One row an epoch, as metrics.jsonl holds them."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    def check_same(self, recipe: Recipe, dataset: DatasetRecord) -> None:
+        """Raise RecipeError unless this run was started with the same recipe on the same images."""
+        if self.recipe() != recipe:
+            raise RecipeError(
+                f"{self.path} was started with another recipe: resume with the same, or choose another --out"
+            )
+        if self.dataset() != dataset:
+            raise RecipeError(f"{self.path} was started on other images: resume on the same, or choose another --out")
 
     def write_start(self, recipe: Recipe, dataset: DatasetRecord) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -154,6 +168,7 @@ class Run:
                 mean=tuple(values["mean"]),
                 std=tuple(values["std"]),
                 preprocessing=Preprocessing.model_validate(values["preprocessing"]),
+                stem=values["stem"],
             )
             encoder = build_encoder(spec)
             encoder.load_state_dict(load_safetensors((self.path / "encoder.safetensors").read_bytes()))

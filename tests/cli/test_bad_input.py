@@ -51,6 +51,13 @@ def test_a_folder_without_classes(coterie, tmp_path):
     assert "no class folders" in one_line(err)
 
 
+def test_a_table_without_labels(coterie, tiny_bundle, tmp_path):
+    (tmp_path / "labels.csv").write_text("path,species\n1.png,cat\n")
+    code, _, err = coterie("evaluate", tiny_bundle.path, tmp_path / "labels.csv")
+    assert code == 2
+    assert "labels.csv has no label column: it has 'path', 'species'" in one_line(err)
+
+
 def test_one_class_only(coterie, digit_tree, tmp_path):
     for label in "1234567":
         shutil.rmtree(digit_tree / label)

@@ -1,4 +1,4 @@
-"""Labelled images: what is found, what is left out and why, and splits that do not move."""
+"""Labelled images: what is found, what is left out and why."""
 
 import hashlib
 import os
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from coterie.dataset import LabelledPixels, check_label, read_folder, read_pixels, split_by_hash
+from coterie.dataset import read_folder, read_images, read_pixels
 from coterie.errors import DataError
 from coterie.images import Limits, Preprocessing, decode
+from coterie.labels import check_label
 
 DIGITS = load_digits()
 EIGHT = Preprocessing(input_size=(8, 8))
@@ -63,6 +62,13 @@ def test_nested_folders_count_and_hidden_or_foreign_files_do_not(tree: Path) -> 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder"):
         read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "data.txt", "data.xlsx"])
+def test_what_is_neither_folder_nor_table_is_refused_with_the_three_forms(tmp_path: Path, name: str) -> None:
+    (tmp_path / "data.txt").touch()
+    with pytest.raises(DataError, match=rf"{name} is not a folder, a \.csv or a \.parquet file"):
+        read_images(tmp_path / name)
 
 
 def test_a_file_is_no_folder(tree: Path) -> None:
@@ -118,6 +124,33 @@ def test_labels_that_cannot_name_a_class_are_refused(label: str) -> None:
 )
 def test_any_other_label_may_name_a_class(label: str) -> None:
     assert check_label(label) == label
+
+
+# Groups
+
+
+def test_without_a_group_nothing_is_grouped(tree: Path) -> None:
+    assert read_images(tree).groups is None
+    assert read_pixels(read_images(tree), EIGHT).groups is None
+
+
+def test_a_pattern_names_the_object_below_the_class_folder(tree: Path) -> None:
+    images = read_images(tree, group=r"^(\d)\.png")
+    assert images.groups == tuple("012") * 3  # one object photographed under three labels
+
+
+def test_groups_stay_with_their_images(tree: Path) -> None:
+    (tree / "0" / "1.png").write_bytes(b"no image")
+    found = read_pixels(read_images(tree, group=r"(\d)\.png"), EIGHT)
+    assert found.groups == ("0", "2", "0", "1", "2", "0", "1", "2")
+    assert found.select(found.labels == 0).groups == ("0", "2")
+
+
+def test_too_few_images_are_named_before_the_group_that_they_lack(tree: Path) -> None:
+    for file in tree.rglob("*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="has no images"):
+        read_images(tree, group="part")
 
 
 # Pixels
@@ -195,15 +228,27 @@ def test_images_over_a_limit_are_left_out(tree: Path) -> None:
     assert any("bytes, over the limit" in rejected.reason for rejected in found.rejected)
 
 
-def test_the_same_bytes_count_once_and_the_copy_names_its_original(tree: Path) -> None:
+def test_the_same_bytes_count_once_and_the_copy_names_its_original_and_the_label_that_it_contradicts(
+    tree: Path,
+) -> None:
     shutil.copy(tree / "0" / "0.png", tree / "0" / "copy.png")
     shutil.copy(tree / "0" / "1.png", tree / "2" / "under another label.png")
     found = read_pixels(read_folder(tree), EIGHT)
     assert np.bincount(found.labels).tolist() == [3, 3, 3]
     assert [rejected.reason for rejected in found.rejected] == [
         f"the same bytes as {Path('0/0.png')}",
-        f"the same bytes as {Path('0/1.png')}",
+        f"the same bytes as {Path('0/1.png')}, which is labelled '0'",
     ]
+
+
+def test_pixels_need_not_stay_and_rows_tell_where_to_read_them_again(tree: Path) -> None:
+    (tree / "0" / "1.png").write_bytes(b"no image")
+    images = read_images(tree)
+    kept, found = (read_pixels(images, EIGHT, keep_pixels=keep) for keep in (True, False))
+    assert (len(found.pixels), found.hashes) == (0, kept.hashes)
+    again = [hashlib.sha256(images.read(row)).hexdigest() for row in found.rows.tolist()]
+    assert again == list(found.hashes)
+    assert found.select(found.labels == 2).rows.tolist() == [6, 7, 8]
 
 
 def test_selected_images_keep_everything_that_belongs_to_them(tree: Path) -> None:
@@ -246,63 +291,3 @@ def test_the_fingerprint_sees_every_change(tree: Path, change: str) -> None:
         case "class name":
             (tree / "0").rename(tree / "zero")
     assert fingerprint(tree) != before
-
-
-# Split
-
-contents = st.dictionaries(st.integers(0, 10**6), st.integers(0, 3), min_size=1, max_size=60)
-fractions = st.floats(0, 1)
-
-
-def split(rows: dict[int, int], fraction: float, seed: int = 0) -> set[int]:
-    labels = np.asarray(list(rows.values()), dtype=np.int64)
-    hashes = [hashlib.sha256(str(content).encode()).hexdigest() for content in rows]
-    chosen = split_by_hash(labels, hashes, fraction, seed=seed)
-    return {content for content, taken in zip(rows, chosen.tolist(), strict=True) if taken}
-
-
-@given(rows=contents, fraction=fractions, order=st.randoms(use_true_random=False))
-def test_the_split_does_not_depend_on_the_order(rows: dict[int, int], fraction: float, order: object) -> None:
-    mixed = list(rows.items())
-    order.shuffle(mixed)  # type: ignore[attr-defined]
-    assert split(dict(mixed), fraction) == split(rows, fraction)
-
-
-@given(rows=contents, fraction=fractions)
-def test_each_class_gives_its_share_and_keeps_an_image(rows: dict[int, int], fraction: float) -> None:
-    chosen = split(rows, fraction)
-    for label in set(rows.values()):
-        members = {content for content, own in rows.items() if own == label}
-        assert len(members & chosen) == min(round(fraction * len(members)), len(members) - 1)
-
-
-@given(rows=contents, fraction=fractions)
-def test_a_class_is_split_without_regard_to_the_others(rows: dict[int, int], fraction: float) -> None:
-    alone = {content: label for content, label in rows.items() if label == 0}
-    assert split(alone, fraction) == {content for content in split(rows, fraction) if rows[content] == 0}
-
-
-@given(rows=contents, few=fractions, more=fractions)
-def test_a_larger_fraction_adds_to_a_smaller_one(rows: dict[int, int], few: float, more: float) -> None:
-    few, more = sorted((few, more))
-    assert split(rows, few) <= split(rows, more)
-
-
-@given(rows=contents, fraction=fractions, new=st.integers(10**6 + 1, 10**7))
-def test_a_new_image_moves_at_most_one_other(rows: dict[int, int], fraction: float, new: int) -> None:
-    moved = split(rows, fraction) ^ (split({**rows, new: 0}, fraction) - {new})
-    assert len(moved) <= 1
-
-
-def test_another_seed_is_another_split() -> None:
-    rows = dict.fromkeys(range(100), 0)
-    assert len(split(rows, 0.5) & split(rows, 0.5, seed=1)) < 40
-    assert split(rows, 0.5, seed=1) == split(rows, 0.5, seed=1)
-
-
-def test_pixels_split_into_two_parts_that_share_nothing(tree: Path) -> None:
-    found: LabelledPixels = read_pixels(read_folder(tree), EIGHT)
-    chosen = split_by_hash(found.labels, found.hashes, 1 / 3)
-    held_out, rest = found.select(chosen), found.select(~chosen)
-    assert np.bincount(held_out.labels).tolist() == [1, 1, 1]
-    assert not set(held_out.hashes) & set(rest.hashes)

@@ -356,6 +356,7 @@ side = st.integers(1, 700)
 @example(size=(29, 29), target=(224, 32), fraction=1.0)
 @example(size=(57, 80), target=(224, 224), fraction=1.0)
 @example(size=(1, 700), target=(32, 32), fraction=1.0)
+@example(size=(624, 624), target=(1, 1), fraction=1.0)
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
 def test_an_image_of_any_size_fits_any_input(
     resize: Any, size: tuple[int, int], target: tuple[int, int], fraction: float
@@ -363,9 +364,11 @@ def test_an_image_of_any_size_fits_any_input(
     preprocessing = Preprocessing(input_size=target, resize=resize, crop_fraction=fraction, background=BLUE)
     found = fit(Image.new("RGB", size, RED), preprocessing)
     assert (found.shape, found.dtype) == ((*target, 3), np.uint8)
-    # One colour stays one colour, and however thin the image, something of it is to be seen.
-    assert (found == RED).all(axis=2).any()
-    assert resize == "pad" or (found == RED).all()
+    # One colour stays one colour, to the rounding of the resampling's weights, and however thin the image, something of
+    # it is to be seen.
+    red = (abs(found.astype(int) - RED) <= 1).all(axis=2)
+    assert red.any()
+    assert resize == "pad" or red.all()
 
 
 @pytest.mark.parametrize("edge", [224, 299])

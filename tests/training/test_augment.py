@@ -5,7 +5,7 @@ import torch
 from torch import Generator
 
 from training.augment import Augment
-from training.recipe import AugmentSection
+from training.sections import AugmentSection
 
 NOTHING = {
     "crop_area": (1.0, 1.0),

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
+import signal
 
 import pytest
 import torch
 
-from coterie.errors import DataError, RecipeError
+from coterie.errors import DataError, RecipeError, TrainingStopped
+from export.package import export_run
 from training.encoders import CifarResNet
+from training.learner import Learner
 from training.objectives import Objective
 from training.pretrain import train
 from training.recipe import load_recipe
@@ -26,7 +30,7 @@ def weights(run):
 
 
 def test_a_run_holds_everything_the_contract_names(tiny_run):
-    names = {file.name for file in tiny_run.path.iterdir()}
+    names = {file.name for file in tiny_run.path.iterdir() if file.name != "tensorboard"}
     assert names == {
         "recipe.yaml",
         "dataset.json",
@@ -43,6 +47,8 @@ def test_a_run_holds_everything_the_contract_names(tiny_run):
     assert rows[-1]["uniformity"] < rows[0]["uniformity"] < 0
     assert all(0 < row["alignment"] < 4 for row in rows)  # squared distances of unit vectors
     assert rows[-1]["knn_top1"] > 0.5  # eight classes: chance is 0.125
+    assert rows[-1]["linear_top1"] > 0.5
+    assert rows[-1]["share_without_positives"] == 0  # there are two views of each image
     dataset = json.loads((tiny_run.path / "dataset.json").read_text())
     assert dataset["classes"] == list("01234567")
     assert not set(dataset["split"]["train"]) & set(dataset["split"]["calibration"])
@@ -74,6 +80,88 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(digit_tree, recip
     resumed, _ = train(digit_tree, recipe, tmp_path / "broken", resume=True)
     assert weights(resumed) == weights(whole)
     assert [row["loss"] for row in resumed.metrics()] == [row["loss"] for row in whole.metrics()]
+
+
+def test_a_run_that_is_told_to_stop_saves_its_place_within_the_epoch(digit_tree, tmp_path):
+    recipe = load_recipe("digits", [*SMALL, "batch.size=64", "schedule.epochs=2"])
+    whole, _ = train(digit_tree, recipe, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    for place in [(0, 1), (0, 2)]:
+        with pytest.raises(TrainingStopped, match="--resume"):
+            train(digit_tree, recipe, broken, time_limit=0, resume=True)
+        state = Run(broken).load_checkpoint()
+        assert (state["epochs_done"], state["steps_done"]) == place
+    resumed, _ = train(digit_tree, recipe, broken, resume=True)
+    assert weights(resumed) == weights(whole)
+    assert [row["loss"] for row in resumed.metrics()] == [row["loss"] for row in whole.metrics()]
+
+
+def test_sigterm_saves_and_stops(digit_tree, recipe, tmp_path, monkeypatch):
+    step = Learner.step
+
+    def step_and_terminate(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*given, **named)
+
+    monkeypatch.setattr(Learner, "step", step_and_terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped) as stopped:
+        train(digit_tree, recipe, tmp_path / "run")
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert Run(tmp_path / "run").load_checkpoint() is not None
+
+
+def test_streamed_images_train_the_same_weights_as_images_in_memory(digit_tree, tmp_path):
+    runs = [
+        train(digit_tree, load_recipe("digits", [*SMALL, *settings]), tmp_path / settings[0])[0]
+        for settings in (["data.storage=memory"], ["data.storage=stream", "data.workers=1"])
+    ]
+    assert weights(runs[0]) == weights(runs[1])
+    assert [row["knn_top1"] for row in runs[0].metrics()] == [row["knn_top1"] for row in runs[1].metrics()]
+
+
+def test_a_test_part_is_kept_apart_and_measured_once_at_the_end(digit_tree, tmp_path):
+    recipe = load_recipe("digits", [*SMALL, "data.test=0.2", "data.calibration=0.2"])
+    run, images = train(digit_tree, recipe, tmp_path / "run")
+    parts = run.dataset().split
+    assert {name: len(part) for name, part in parts.items()} == {"train": 192, "calibration": 64, "test": 64}
+    assert len(frozenset.union(*parts.values())) == len(images) == 320
+    rows = run.metrics()
+    assert rows[-1]["test_knn_top1"] > 0.3
+    assert not any("test_knn_top1" in row for row in rows[:-1])
+
+
+def test_export_leaves_the_test_part_out_of_the_gallery(digit_tree, tmp_path):
+    recipe = load_recipe("digits", [*SMALL, "data.test=0.2", "data.calibration=0.2"])
+    run, images = train(digit_tree, recipe, tmp_path / "run")
+    items = export_run(run, digit_tree, tmp_path / "bundle").bundle.base.items
+    gallery = {digest for digest in images.hashes if digest[:24] in items.ids}
+    assert len(gallery) == len(items) == 192
+    assert not any(run.dataset().set_apart(digest) for digest in gallery)
+
+
+def test_images_of_one_group_stay_on_one_side(digit_tree, recipe, tmp_path):
+    # The first three digits of a file's name: up to ten pictures each.
+    run, images = train(digit_tree, recipe, tmp_path / "run", group=r"^(\d{3})")
+    held_out = {
+        group: {run.dataset().held_out(images.hashes[row]) for row in range(len(images)) if images.groups[row] == group}
+        for group in set(images.groups)
+    }
+    assert all(len(sides) == 1 for sides in held_out.values())
+    assert {side for sides in held_out.values() for side in sides} == {True, False}
+
+
+def test_a_run_starts_from_another_runs_weights(digit_tree, tiny_run, tmp_path):
+    settings = ["encoder.width=8", "schedule.epochs=1", "optimizer.lr=0.000001", f"encoder.start={tiny_run.path}"]
+    run, _ = train(digit_tree, load_recipe("digits", settings), tmp_path / "run")
+    assert run.metrics()[0]["knn_top1"] > tiny_run.metrics()[-1]["knn_top1"] - 0.15
+
+
+def test_a_run_is_measured_as_often_as_it_asks_for_and_at_the_end(digit_tree, tmp_path):
+    settings = [*SMALL, "schedule.epochs=4", "monitor={every: 3, gallery: 50}"]
+    run, _ = train(digit_tree, load_recipe("digits", settings), tmp_path / "run")
+    assert ["knn_top1" in row for row in run.metrics()] == [False, False, True, True]
 
 
 def test_resuming_with_another_recipe_or_other_images_is_refused(digit_tree, tiny_run, tmp_path):

@@ -28,7 +28,12 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path):
     ("setting", "named"),
     [
         ("optimizer.lr=-1", "optimizer.lr"),
-        ("optimizer.speed=1", "optimizer.speed"),
+        ("optimizer.speed=1", "optimizer.speed is unknown: known are name, lr"),
+        ("optimizer.weight_decy=1", "did you mean weight_decay"),
+        ("shedule.epochs=3", "did you mean schedule"),
+        ("momentum.que=3", "did you mean queue"),
+        ("optimizer.lr={", "not a YAML value"),
+        ("data={preprocessing: {input_size: [8, 8], resze: crop}}", "did you mean resize"),
         ("schedule.epochs=none", "schedule.epochs"),
         ("optimizer.lr", "key=value"),
         ("name.lr=1", "name holds a value"),
@@ -43,6 +48,41 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path):
 def test_a_wrong_setting_is_named(setting, named):
     with pytest.raises(RecipeError, match=named):
         load_recipe("digits", [setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["loss={objective: triplet}", "targets.mixup=0.2"], "does not take"),
+        (["loss={objective: triplet}", "targets.class_weights=balanced"], "does not weigh"),
+        (["loss={objective: cross_entropy}", "momentum.queue=9"], "leave momentum out"),
+        (["momentum.queue=9", "batch.views=1"], "batch.views to 2"),
+        (["loss={objective: cross_entropy}", "batch.chunk=9"], "smaller batch"),
+        (["batch.images_per_class=3"], "does not divide"),
+        (["data.test=0.8"], "no image to train on"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, named):
+    with pytest.raises(RecipeError, match=named):
+        load_recipe("digits", settings)
+
+
+def test_a_recipe_may_extend_another(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: digits\nname: mine\noptimizer: {lr: 0.1}\nloss: {objective: simclr}")
+    mine, digits = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("digits")
+    assert mine.optimizer == digits.optimizer.model_copy(update={"lr": 0.1})
+    assert mine.loss.options == {}  # another objective, other options
+    assert mine.augment == digits.augment
+    (tmp_path / "again.yaml").write_text(f"extends: {tmp_path / 'again.yaml'}")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(str(tmp_path / "again.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("-ce")])
+def test_a_twin_differs_in_nothing_but_its_loss(name):
+    twin, recipe = load_recipe(name), load_recipe(name.removesuffix("-ce"))
+    assert twin == recipe.model_copy(update={"name": name, "loss": twin.loss})
+    assert twin.loss.objective == "cross_entropy"
 
 
 def test_an_unknown_recipe_names_those_there_are():

@@ -1,0 +1,49 @@
+"""Whether training goes anywhere: divergence and collapse, named with the knob to turn."""
+
+import math
+import warnings
+
+from coterie.errors import CoterieWarning, RecipeError
+from training.objectives import Objective
+from training.recipe import Recipe
+
+__all__ = ["check_health"]
+
+CONTRASTIVE = {Objective.SUPCON, Objective.SIMCLR, Objective.N_PAIRS}
+EPOCHS = 3  # at the loss of collapse, before it is called one
+CLOSE = 0.01  # relative
+
+
+def check_health(rows: list[dict[str, float]], recipe: Recipe, columns: int) -> None:
+    """Look at the rows of metrics so far.
+
+    Args:
+        columns: with how many rows an anchor is compared; at collapse, where all similarities are equal, the loss is
+            log(columns).
+
+    Raises:
+        RecipeError: the last epoch's loss is not finite.
+
+    Warns:
+        CoterieWarning: once, when the loss has stayed at that of collapse.
+    """
+    epoch, loss = int(rows[-1]["epoch"]), rows[-1]["loss"]
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss is not finite in epoch {epoch}: lower optimizer.lr, lengthen schedule.warmup_epochs, "
+            "or set optimizer.clip_norm"
+        )
+    if recipe.loss.objective not in CONTRASTIVE:
+        return
+    options = recipe.loss.options
+    scale = options.get("temperature", 0.1) if options.get("scale_by_temperature") else 1.0
+    collapsed = scale * math.log(columns)
+    warm = [row for row in rows if row["epoch"] >= recipe.schedule.warmup_epochs]
+    stuck = [abs(row["loss"] - collapsed) < CLOSE * collapsed for row in warm[: EPOCHS + 1]]
+    if len(stuck) == EPOCHS and all(stuck):
+        warnings.warn(
+            f"the loss has stayed at {collapsed:.3f} = log({columns}) for {EPOCHS} epochs, where all embeddings are "
+            "one point: lower optimizer.lr, lengthen schedule.warmup_epochs, or raise batch.size",
+            CoterieWarning,
+            stacklevel=2,
+        )
