@@ -3,6 +3,9 @@
 Knows batches of pixels and labels, on one rank of however many; knows neither epochs, files nor where images come from.
 """
 
+import importlib.util
+import os
+import shutil
 import warnings
 from typing import Any, NamedTuple
 
@@ -12,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from coterie.errors import CoterieWarning
+from coterie.errors import CoterieWarning, RecipeError
 from training.augment import Augment
 from training.distributed import World, gather_rows
 from training.encoders import EncoderSpec, ImageEncoder, build_encoder, encoder_warnings, projection_head
@@ -57,6 +60,7 @@ class Learner:
             example = labels.new_zeros((1, n_classes), dtype=torch.float32) if soft else labels[:1]
             self.queue = MomentumQueue(recipe.momentum, network, example, recipe.encoder.projection_dim)
         if recipe.compile:
+            _check_compiler(world.device)
             network.compile_projection()
         self.generator = Generator(device=world.device)
         size = recipe.data.preprocessing.input_size
@@ -141,6 +145,17 @@ class Learner:
     def _modules(self) -> nn.ModuleDict:
         parts = {"network": self.network, "queue": self.queue, "ema": None if self.ema is None else self.ema.module}
         return nn.ModuleDict({name: module for name, module in parts.items() if module is not None})
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise RecipeError where torch.compile would fail, only after minutes and in many lines."""
+    if device.type == "cuda":
+        missing = "" if importlib.util.find_spec("triton") else "triton"
+    else:
+        names = (os.environ.get("CXX", "g++"), "clang++", "cl")
+        missing = "" if any(map(shutil.which, names)) else "a C++ compiler"
+    if missing:
+        raise RecipeError(f"compile: true needs {missing}, which is not here: install it, or --set compile=false")
 
 
 def _build_network(recipe: Recipe, n_classes: int, world: World) -> tuple[EncoderSpec, Network]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from coterie.errors import RecipeError
 from training.distributed import World
 from training.learner import Learner
 from training.recipe import load_recipe
@@ -111,3 +112,9 @@ def test_the_average_is_what_is_measured_and_exported(batch):
 def test_a_doubtful_stem_is_warned_of(batch):
     with pytest.warns(UserWarning, match="large stem"):
         learner(batch[1], "encoder.name=resnet18", "encoder.stem=large")
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(batch, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(RecipeError, match=r"C\+\+ compiler.*compile=false"):
+        learner(batch[1], "compile=true")

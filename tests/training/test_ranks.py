@@ -1,10 +1,12 @@
 """Training over two ranks as torchrun starts them, on CPUs."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from training.recipe import load_recipe
@@ -54,3 +56,23 @@ def test_bad_input_ends_every_rank_with_one_message(tmp_path):
     code, output = finish(launch(tmp_path / "empty", tmp_path / "run"))
     assert code != 0
     assert output.count("has no class folders") == 1
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_when_resumed(tiny_run_tree, tmp_path):
+    settings = [*SETTINGS, "schedule.epochs=6"]
+    process = launch(tiny_run_tree, tmp_path / "run", settings=settings)
+    try:
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"ended before its first checkpoint: {process.communicate(timeout=0.1)[0]}")
+        workers = [child for child in psutil.Process(process.pid).children() if "coterie_cli" in child.cmdline()]
+        workers[-1].kill()
+    finally:
+        code, _ = finish(process)
+    assert len(workers) == 2
+    assert code != 0
+    assert not any(worker.is_running() for worker in workers)
+    code, output = finish(launch(tiny_run_tree, tmp_path / "run", "--resume", settings=settings))
+    assert code == 0, output
+    assert len(Run.open(tmp_path / "run").metrics()) == 6
