@@ -4,6 +4,7 @@ Knows who is who and how rows travel between ranks, and nothing of losses. Ranks
 batch of all is rank-major. Rows travel in the forward pass alone: no gradient is ever sent from here.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ __all__ = ["World", "gather_live", "gather_rows", "is_first_rank", "own_rows", "
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(days=2)  # longer than reading or measuring any set takes
+SLAB_BYTES = 256 * 2**20
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -32,14 +35,15 @@ class World:
     size: int
     local_rank: int  # on this machine
     device: torch.device
+    local_size: int = 1  # ranks on this machine
+    patient: dist.ProcessGroup | None = None  # for waiting while rank 0 alone reads, measures or saves
 
     @classmethod
     def start(cls, *, timeout: timedelta = timedelta(minutes=10)) -> "World":
         """Join the other ranks, if torchrun started any: over NCCL where there are GPUs, else over Gloo.
 
         Args:
-            timeout: how long a rank waits for the others, here and whenever rows travel, before it fails. Rank 0's
-                work while the others wait must take less.
+            timeout: how long a rank waits for the others, here and whenever rows travel, before it fails.
 
         Raises:
             DeviceError: torchrun's environment is incomplete, a rank has no GPU of its own, or the others do not come.
@@ -54,6 +58,7 @@ class World:
         device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
+        patient = None
         if size > 1:
             try:
                 dist.init_process_group(
@@ -65,7 +70,8 @@ class World:
                     f"rank {rank} did not meet the other {size - 1} at {where} within {timeout}: "
                     f"see that all were started and reach it ({error})"
                 ) from error
-        return cls(rank, size, local_rank, device)
+            patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), patient)
 
     @property
     def is_first(self) -> bool:
@@ -80,15 +86,34 @@ class World:
         """
         if self.size == 1:
             return make()
-        made: list[T | None] = [None]
+        made: list[tuple[T] | None] = [None]
         try:
             if self.is_first:
-                made = [make()]
+                made = [(make(),)]
         finally:
-            dist.broadcast_object_list(made, src=0)
+            dist.broadcast_object_list(made, src=0, group=self.patient)
         if made[0] is None:
             raise DeviceError(f"rank {self.rank} stops, for rank 0 failed: see its message")
-        return made[0]
+        return made[0][0]
+
+    def share(self, rows: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Rank 0's `rows`, of this shape and dtype and in the host's memory, on every rank's device."""
+        if self.size == 1:
+            assert rows is not None
+            return rows.to(self.device)
+        received = torch.empty(shape, dtype=dtype, device=self.device)
+        for start in range(0, shape[0], slab := max(1, SLAB_BYTES // max(1, math.prod(shape[1:])))):
+            part = torch.empty_like(received[start : start + slab], device="cpu")
+            if rows is not None:
+                part.copy_(rows[start : start + slab])
+            dist.broadcast(part, src=0, group=self.patient)
+            received[start : start + slab].copy_(part)
+        return received
+
+    def wait_for_first(self) -> None:
+        """Return when every rank is here, however long rank 0 takes."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
 
     def close(self) -> None:
         """Leave the others; nothing to leave where there are none."""

@@ -8,6 +8,7 @@ BatchNorm takes its statistics from a chunk, not from the batch, in both passes 
 a network with such a BatchNorm. Its running statistics move in the second pass only.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -33,9 +34,9 @@ def backward_in_chunks(
         project: the network's rows z (c, d) of views (c, 3, h, w).
         loss_of: z (n, d) → scalar.
         views: (n, 3, h, w).
-        chunk: views at a time.
+        chunk: views at a time, at most.
     """
-    parts = views.split(chunk)
+    parts = views.tensor_split(math.ceil(len(views) / chunk))  # no short last one, whose statistics would be poor
     random_states = []
     with torch.no_grad(), _still_running_statistics(network):
         rows = []
@@ -46,7 +47,7 @@ def backward_in_chunks(
     loss = loss_of(z)
     loss.backward()
     assert z.grad is not None
-    for index, (part, gradient) in enumerate(zip(parts, z.grad.split(chunk), strict=True)):
+    for index, (part, gradient) in enumerate(zip(parts, z.grad.tensor_split(len(parts)), strict=True)):
         _set_random_state(views.device, random_states[index])  # the same dropout as before
         waits = index < len(parts) - 1 and hasattr(network, "no_sync")
         with network.no_sync() if waits else nullcontext():

@@ -4,17 +4,18 @@ import math
 import warnings
 
 from coterie.errors import CoterieWarning, RecipeError
-from training.objectives import Objective
-from training.recipe import Recipe
+from training.losses import Denominator, SupConLoss
+from training.objectives import ObjectiveModule
 
 __all__ = ["check_health"]
 
-CONTRASTIVE = {Objective.SUPCON, Objective.SIMCLR, Objective.N_PAIRS}
 EPOCHS = 3  # at the loss of collapse, before it is called one
 CLOSE = 0.01  # relative
 
 
-def check_health(rows: list[dict[str, float]], recipe: Recipe, columns: int) -> None:
+def check_health(
+    rows: list[dict[str, float]], objective: ObjectiveModule, columns: int, *, warmup_epochs: float
+) -> None:
     """Look at the rows of metrics so far.
 
     Args:
@@ -33,12 +34,14 @@ def check_health(rows: list[dict[str, float]], recipe: Recipe, columns: int) -> 
             f"the loss is not finite in epoch {epoch}: lower optimizer.lr, lengthen schedule.warmup_epochs, "
             "or set optimizer.clip_norm"
         )
-    if recipe.loss.objective not in CONTRASTIVE:
+    if (
+        not isinstance(objective, SupConLoss)
+        or objective.denominator is not Denominator.ALL
+        or objective.positives_cap is not None
+    ):
         return
-    options = recipe.loss.options
-    scale = options.get("temperature", 0.1) if options.get("scale_by_temperature") else 1.0
-    collapsed = scale * math.log(columns)
-    warm = [row for row in rows if row["epoch"] >= recipe.schedule.warmup_epochs]
+    collapsed = (objective.temperature if objective.scale_by_temperature else 1.0) * math.log(columns)
+    warm = [row for row in rows if row["epoch"] >= warmup_epochs]
     stuck = [abs(row["loss"] - collapsed) < CLOSE * collapsed for row in warm[: EPOCHS + 1]]
     if len(stuck) == EPOCHS and all(stuck):
         warnings.warn(

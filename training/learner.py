@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +36,7 @@ class StepResult(NamedTuple):
     """What a step tells, scalars on the device."""
 
     loss: Tensor
-    share_without_positives: Tensor  # of the anchors
+    share_without_positives: Tensor  # of the anchors, where positives are what labels say
 
 
 class Learner:
@@ -46,11 +47,12 @@ class Learner:
         labels: int64 (n,), of the training images; on the device.
         n_classes: classes there are.
         world: this process and the others.
+        fresh: take the recipe's start weights; without, those of a state that is loaded next.
     """
 
-    def __init__(self, recipe: Recipe, labels: Tensor, n_classes: int, world: World) -> None:
+    def __init__(self, recipe: Recipe, labels: Tensor, n_classes: int, world: World, *, fresh: bool = True) -> None:
         self.recipe, self.world = recipe, world
-        self.spec, network = _build_network(recipe, n_classes, world)
+        self.spec, network = _build_network(recipe, n_classes, world, fresh=fresh)
         self.network = network
         self.optimizer = build_optimizer(recipe.optimizer, network.encoder, nn.ModuleList(network.beside_encoder()))
         self.ema = ModelEmaV3(network.encoder, decay=recipe.ema.decay, use_warmup=True) if recipe.ema else None
@@ -78,6 +80,11 @@ class Learner:
         encoder: ImageEncoder = self.network.encoder if self.ema is None else self.ema.module
         return encoder
 
+    @property
+    def counts_positives(self) -> bool:
+        """Whether labels decide who has positives."""
+        return self.network.objective.takes_keys
+
     def columns(self, batch_size: int) -> int:
         """With how many rows the loss compares an anchor, in a batch of so many images."""
         views = self.recipe.batch.views * batch_size
@@ -91,19 +98,20 @@ class Learner:
             labels: int64 (b,).
             lr: learning rate of the step.
             number: steps done before.
-            seed: decides everything random in the step.
+            seed: decides everything random in the step, on this rank.
         """
         n_views, b = self.recipe.batch.views, len(labels)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout's
+        augmenting, dropping, mixing = np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist()
+        self.generator.manual_seed(augmenting >> 1)
+        torch.manual_seed(dropping >> 1)
         views = torch.cat([self.augment(pixels) for _ in range(n_views)])  # (n_views · b, 3, h, w)
-        views, targets, weights = self.targets(views, labels, n_views, np.random.default_rng(seed))
+        views, targets, weights = self.targets(views, labels, n_views, np.random.default_rng(mixing))
         views = views.contiguous(memory_format=torch.channels_last)
         options: dict[str, Any] = {}
         if self.queue is not None:  # the last view goes through the momentum encoder
-            self.queue.enqueue(views[-b:], targets[-b:])
+            self.queue.enqueue(views[-b:], targets[-b:], self.recipe.batch.chunk)
             options |= self.queue.columns
             views, targets, n_views = views[:-b], targets[:-b], n_views - 1
         if weights is not None:
@@ -117,7 +125,10 @@ class Learner:
             self.ema.update(self.network.encoder, step=number + 1)
         if self.queue is not None:
             self.queue.follow(self.network)
-        return StepResult(loss, share_without_positives(gather_rows(targets), options.get("key_labels")))
+        alone = torch.zeros_like(loss)
+        if self.counts_positives:
+            alone = share_without_positives(gather_rows(targets), options.get("key_labels"))
+        return StepResult(loss, alone)
 
     def _backward(self, views: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         chunk = self.recipe.batch.chunk
@@ -158,7 +169,7 @@ def _check_compiler(device: torch.device) -> None:
         raise RecipeError(f"compile: true needs {missing}, which is not here: install it, or --set compile=false")
 
 
-def _build_network(recipe: Recipe, n_classes: int, world: World) -> tuple[EncoderSpec, Network]:
+def _build_network(recipe: Recipe, n_classes: int, world: World, *, fresh: bool) -> tuple[EncoderSpec, Network]:
     torch.manual_seed(recipe.seed)
     section = recipe.encoder
     spec = EncoderSpec(
@@ -170,9 +181,9 @@ def _build_network(recipe: Recipe, n_classes: int, world: World) -> tuple[Encode
         stem=section.stem,
     )
     encoder = build_encoder(spec)
-    normalisation = load_start(encoder, spec, section.start)
-    if world.is_first:
-        _warn(spec, normalisation)
+    normalisation = load_start(encoder, spec, section.start) if fresh else None
+    if fresh and world.is_first:
+        _warn(recipe, spec, normalisation)
     objective = recipe.loss.build(n_classes=n_classes, embedding_dim=encoder.dim)
     objective.validate = False  # values are checked once an epoch; checking each batch would wait for the device
     objective.across_ranks = world.size > 1
@@ -181,13 +192,14 @@ def _build_network(recipe: Recipe, n_classes: int, world: World) -> tuple[Encode
         head = projection_head(encoder.dim, section.projection_dim, layers=section.projection_layers)
     network: nn.Module = Network(encoder, head, objective, bf16=recipe.precision == "bf16")
     if world.size > 1 and world.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        # timm's own, for its BatchNorms with an activation inside would lose it in torch's.
+        network = convert_sync_batchnorm(network)
     # Convolutions are 1.3 to 1.5 times as fast with the channels last.
     return spec, network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _warn(spec: EncoderSpec, normalisation: Normalisation | None) -> None:
-    doubts = encoder_warnings(spec)
+def _warn(recipe: Recipe, spec: EncoderSpec, normalisation: Normalisation | None) -> None:
+    doubts = recipe.without_effect() + encoder_warnings(spec)
     if normalisation is not None and not np.allclose((spec.mean, spec.std), normalisation, atol=0.01):
         doubts.append(
             f"encoder.start was trained with data.mean {normalisation.mean} and data.std {normalisation.std}, "

@@ -3,6 +3,8 @@
 Knows embeddings and their labels; the loss takes them as further columns, which get no gradient.
 """
 
+import math
+
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -42,9 +44,14 @@ class MomentumQueue(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # on the host: no step waits for it
 
     @torch.no_grad()
-    def enqueue(self, views: Tensor, targets: Tensor) -> None:
-        """Put the rows of views (b, 3, h, w) and their targets first; the oldest beyond the queue's length go."""
-        rows = gather_rows(self.average.module.project(views).float())
+    def enqueue(self, views: Tensor, targets: Tensor, chunk: int | None = None) -> None:
+        """Put the rows of views (b, 3, h, w) and their targets first; the oldest beyond the queue's length go.
+
+        Args:
+            chunk: views at a time, at most.
+        """
+        parts = views.tensor_split(math.ceil(len(views) / chunk)) if chunk else [views]
+        rows = gather_rows(torch.cat([self.average.module.project(part).float() for part in parts]))
         targets = gather_rows(targets)
         length = len(self.keys)
         self.keys.copy_(torch.cat([rows, self.keys])[:length])

@@ -7,9 +7,12 @@ epoch, step and rank, so a run that was interrupted and resumed ends with the sa
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from coterie.dataset import LabelledPixels
-from coterie.errors import RecipeError, TrainingStopped
+from coterie.errors import CoterieWarning, RecipeError, TrainingStopped
 from coterie.machine import processors
 from coterie.progress import Advance, progress_bar
 from training.distributed import World, gather_rows, own_rows
 from training.health import check_health
 from training.learner import Learner
-from training.logs import MetricsLog
+from training.logs import MetricsLog, check_wandb
 from training.monitor import centre, draw_curves, features_of, measure
 from training.optimisers import learning_rate
 from training.prepare import Prepared, prepare
@@ -33,8 +36,9 @@ from training.sampling import epoch_batches
 
 __all__ = ["resolve_precision", "train"]
 
-SAVE_SECONDS = 600.0  # between two checkpoints of an epoch that takes longer
-AGREE_STEPS = 50  # between two questions to the other ranks whether to stop
+SAVE_SHARE = 0.05  # of the time, at most, goes into checkpoints
+SAVE_SECONDS = 300.0  # between two checkpoints within an epoch
+AGREE_LAG = 4  # steps after which other ranks' wish to stop is looked at, so that none waits for the device
 WHITENING_IMAGES = 50_000
 
 
@@ -66,22 +70,22 @@ def train(
         TrainingStopped: by SIGTERM or the time limit, after the state was saved.
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
+    if wandb is not None:
+        check_wandb()
     world = World.start()
     try:
         run = Run(out)
-        if run.started and not resume:
-            raise RecipeError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-        recipe = resolve_precision(recipe, world.device)
-        torch.set_num_threads(max(1, processors() // world.size))
+        recipe = world.from_first(lambda: _resolve(recipe, run, world.device, resume=resume))
+        torch.set_num_threads(max(1, processors() // world.local_size))
         torch.backends.cudnn.benchmark = True
         prepared = prepare(data, recipe, world, group=group, strict=strict)
-        if run.started:
-            run.check_same(recipe, prepared.record)
-        loop = _Loop(recipe, prepared, world)
+        state = world.from_first(lambda: _saved_state(run, recipe, prepared))
+        loop = _Loop(recipe, prepared, world, state)
         if world.is_first and not run.started:
             run.write_start(recipe, prepared.record)
+        log = MetricsLog(run, recipe, epoch=loop.epoch, wandb=wandb) if world.is_first else None
         with _stop_signal(deadline) as wants_to_stop:
-            loop.run(run, MetricsLog(run, recipe, wandb=wandb) if world.is_first else None, wants_to_stop)
+            loop.run(run, log, wants_to_stop)
         return run, prepared.images
     finally:
         world.close()
@@ -94,6 +98,22 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     return recipe.model_copy(update={"precision": "bf16" if _fast_bf16(device) else "fp32"})
 
 
+def _resolve(recipe: Recipe, run: Run, device: torch.device, *, resume: bool) -> Recipe:
+    if run.started and not resume:
+        raise RecipeError(f"{run.path} holds a run already: continue it with --resume, or choose another --out")
+    if run.started and recipe.precision == "auto":  # a run stays with what it began with
+        return recipe.model_copy(update={"precision": run.recipe().precision})
+    return resolve_precision(recipe, device)
+
+
+def _saved_state(run: Run, recipe: Recipe, prepared: Prepared) -> dict[str, Any] | None:
+    """The state that a run was saved in, if it was started."""
+    if not run.started:
+        return None
+    run.check_same(recipe, prepared.record)
+    return run.load_checkpoint()
+
+
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -102,41 +122,50 @@ def _fast_bf16(device: torch.device) -> bool:
 
 
 class _Loop:
-    """The course of epochs and steps, and the place in it."""
+    """The course of epochs and steps, and the place in it.
 
-    def __init__(self, recipe: Recipe, data: Prepared, world: World) -> None:
+    Args:
+        state: of the run when it was last saved, or None at its beginning.
+    """
+
+    def __init__(self, recipe: Recipe, data: Prepared, world: World, state: dict[str, Any] | None) -> None:
         self.recipe, self.data, self.world = recipe, data, world
-        self.source = data.source(recipe, world.device)
+        self.source = data.source
         self.labels = torch.from_numpy(data.images.labels).to(world.device)
-        self.learner = Learner(recipe, self.labels[torch.from_numpy(data.train)], data.n_classes, world)
-        whole = world.size * (recipe.batch.images_per_class or 1)
-        self.batch_size = min(recipe.batch.size, len(data.train)) // whole * whole
-        if self.batch_size < 2:
-            raise RecipeError(f"{len(data.train)} training images are too few for batches of {whole}: add images")
+        labels = self.labels[torch.from_numpy(data.train)]
+        self.learner = Learner(recipe, labels, data.n_classes, world, fresh=state is None)
+        self.batch_size = _batch_size(recipe, len(data.train), world.size)
         self.steps_per_epoch = len(data.train) // self.batch_size  # the last batch is never ragged
-        some = np.random.default_rng(recipe.seed).permutation(data.train)
+        rng = np.random.default_rng(recipe.seed)
+        some, held_out = rng.permutation(data.train), rng.permutation(data.calibration)
         self.gallery, self.whitened = np.sort(some[: recipe.monitor.gallery]), np.sort(some[:WHITENING_IMAGES])
+        self.queries = np.sort(held_out[: recipe.monitor.queries])
         self.rows: list[dict[str, float]] = []
         self.epoch = self.step = 0
         self.sums = torch.zeros(2, device=world.device)  # of steps' results; kept there, so that no step waits
         self.seconds = 0.0  # in this epoch
+        self.saved_at, self.save_cost = time.monotonic(), 0.0
+        if state is not None:
+            self._restore(state)
 
     def run(self, run: Run, log: MetricsLog | None, wants_to_stop: Callable[[], bool]) -> None:
         """Train to the last epoch, saving the whole state after each, and measure, whiten and save the encoder."""
         epochs = self.recipe.schedule.epochs
-        self._restore(run)
         with self._progress(epochs) as advance:
             while self.epoch < epochs:
                 self._train_epoch(run, wants_to_stop, advance)
                 self.rows.append(self._row())
                 self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
                 self.sums.zero_()
-                check_health(self.rows, self.recipe, self.learner.columns(self.batch_size))
+                self._check_health()
+                stop = self.epoch < epochs and bool(self._gathered([wants_to_stop()]).any())
                 if log is not None:
-                    log.write(self.rows)
-                    run.save_checkpoint(self._state())
+                    log.write(self.rows, self.rows[-1])
+                    if stop or self.epoch == epochs or time.monotonic() - self.saved_at > self.save_cost / SAVE_SHARE:
+                        self._save(run)
+                self.world.wait_for_first()
                 advance(0, note=_note(self.rows[-1]))
-                if self.epoch < epochs and self._any_rank(wants_to_stop()):
+                if stop:
                     raise TrainingStopped(f"stopped and saved after {self.epoch} epochs: go on with --resume")
         if log is not None:
             self._finish(run, log)
@@ -153,43 +182,48 @@ class _Loop:
         )
         own = torch.from_numpy(self.data.train)[chosen[self.step :, own_rows(self.batch_size)]].to(world.device)
         self.learner.parallel.train()
-        started = saved = time.perf_counter()
-        before = self.seconds
+        started, before = time.perf_counter(), self.seconds
+        told: deque[Tensor] = deque()  # steps' results of all ranks (ranks, 3), the oldest first
         for rows, pixels in zip(own, self.source.batches(own), strict=True):
             number = self.epoch * self.steps_per_epoch + self.step
             self.lr = learning_rate(number, self.steps_per_epoch, recipe.optimizer, recipe.schedule, self.batch_size)
             seed = self._seed(self.step, world.rank)
             result = self.learner.step(pixels, self.labels[rows], lr=self.lr, number=number, seed=seed)
-            self.sums += torch.stack(result)
+            told.append(self._gathered([*result, wants_to_stop()]))
+            # Some objectives tell a rank's own loss, whose mean over the ranks is the batch's.
+            self.sums += told[-1][:, :2].mean(0)
             self.step += 1
             self.seconds = before + time.perf_counter() - started
             advance(1)
-            if self.step < self.steps_per_epoch and (world.size == 1 or self.step % AGREE_STEPS == 0):
-                stop = self._any_rank(wants_to_stop())
-                if world.is_first and (stop or time.perf_counter() - saved > SAVE_SECONDS):
-                    run.save_checkpoint(self._state())
-                    saved = time.perf_counter()
-                if stop:
-                    place = f"epoch {self.epoch}, step {self.step} of {self.steps_per_epoch}"
-                    raise TrainingStopped(f"stopped and saved in {place}: go on with --resume")
+            stop = world.size == 1 and wants_to_stop()
+            if len(told) > AGREE_LAG:
+                stop = (world.size > 1 and bool(told[0][:, 2].any())) or stop
+                told.popleft()
+            stop = stop and self.step < self.steps_per_epoch
+            if world.is_first and (stop or time.monotonic() - self.saved_at > SAVE_SECONDS):
+                self._save(run)
+            if stop:
+                world.wait_for_first()
+                place = f"epoch {self.epoch}, step {self.step} of {self.steps_per_epoch}"
+                raise TrainingStopped(f"stopped and saved in {place}: go on with --resume")
         self.sums.cpu()  # the device has now done it all
         self.seconds = before + time.perf_counter() - started
 
     def _row(self) -> dict[str, float]:
         """What is written of the epoch that ended."""
-        # Some objectives tell a rank's own loss, whose mean over the ranks is the batch's.
-        loss, without_positives = (gather_rows(self.sums[None]).mean(0) / self.steps_per_epoch).tolist()
+        loss, without_positives = (self.sums / self.steps_per_epoch).tolist()
         row = {
             "epoch": self.epoch,
             "loss": loss,
             "lr": self.lr,
-            "share_without_positives": without_positives,
             "images_per_second": self.steps_per_epoch * self.batch_size / self.seconds,
             "seconds": self.seconds,
         }
+        if self.learner.counts_positives:
+            row["share_without_positives"] = without_positives
         is_last = self.epoch + 1 == self.recipe.schedule.epochs
         if self.world.is_first and np.isfinite(loss) and (is_last or (self.epoch + 1) % self.recipe.monitor.every == 0):
-            row |= self._measure(self.data.calibration)
+            row |= self._measure(self.queries)
         # What stays undefined, such as alignment without a pair of one class, has no word in JSON.
         return {name: value for name, value in row.items() if name == "loss" or np.isfinite(value)}
 
@@ -211,8 +245,9 @@ class _Loop:
 
     def _finish(self, run: Run, log: MetricsLog) -> None:
         if len(self.data.test):
-            self.rows[-1] |= self._measure(self.data.test, prefix="test_")
-            log.write(self.rows)
+            tested = self._measure(self.data.test, prefix="test_")
+            self.rows[-1] |= tested
+            log.write(self.rows, tested)
         encoder, shrinkage = self.learner.encoder, self.recipe.encoder.whitening_shrinkage
         if shrinkage is not None:
             labels = self.labels[torch.from_numpy(self.whitened)]
@@ -221,13 +256,24 @@ class _Loop:
         draw_curves(self.rows, run.path / "curves.png")
         log.close()
 
+    def _check_health(self) -> None:
+        learner, warmup = self.learner, self.recipe.schedule.warmup_epochs
+        with warnings.catch_warnings():
+            if not self.world.is_first:
+                warnings.simplefilter("ignore", CoterieWarning)
+            columns = learner.columns(self.batch_size)
+            check_health(self.rows, learner.network.objective, columns, warmup_epochs=warmup)
+
     def _seed(self, *place: int) -> int:
         """63 bits for the current epoch, or a place in it."""
-        state = np.random.SeedSequence([self.recipe.seed, self.epoch, *place]).generate_state(1, np.uint64)
-        return int(state[0]) >> 1
+        sequence = np.random.SeedSequence(self.recipe.seed, spawn_key=(self.epoch, *place))
+        return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
-    def _any_rank(self, stop: bool) -> bool:
-        return bool(gather_rows(torch.tensor([stop], device=self.world.device)).any()) if self.world.size > 1 else stop
+    def _gathered(self, values: Sequence[Tensor | bool]) -> Tensor:
+        """These scalars of every rank, float (ranks, n), without waiting for the device."""
+        device = self.world.device
+        row = [v.float() if isinstance(v, Tensor) else torch.full((), float(v), device=device) for v in values]
+        return gather_rows(torch.stack(row)[None])
 
     @contextmanager
     def _progress(self, epochs: int) -> Iterator[Advance]:
@@ -238,23 +284,43 @@ class _Loop:
             advance(self.epoch * self.steps_per_epoch + self.step, note=_note(self.rows[-1]) if self.rows else "")
             yield advance
 
-    def _state(self) -> dict[str, object]:
-        return {
+    def _save(self, run: Run) -> None:
+        started = time.monotonic()
+        state = {
             "epochs_done": self.epoch,
             "steps_done": self.step,
             "seconds": self.seconds,
             "sums": self.sums,
             "rows": self.rows,
+            "batch": (self.batch_size, self.world.size),
             "learner": self.learner.state_dict(),
         }
+        run.save_checkpoint(state)
+        self.saved_at = time.monotonic()
+        self.save_cost = self.saved_at - started
 
-    def _restore(self, run: Run) -> None:
-        state = run.load_checkpoint()
-        if state is not None:
-            self.learner.load_state_dict(state["learner"])
-            self.epoch, self.step, self.seconds = state["epochs_done"], state["steps_done"], state["seconds"]
-            self.sums.copy_(state["sums"])
-            self.rows = list(state["rows"])
+    def _restore(self, state: dict[str, Any]) -> None:
+        size, ranks = state["batch"]
+        if (size, ranks) != (self.batch_size, self.world.size):
+            raise RecipeError(f"the run was started with {ranks} processes: resume it with as many")
+        self.learner.load_state_dict(state["learner"])
+        self.epoch, self.step, self.seconds = state["epochs_done"], state["steps_done"], state["seconds"]
+        self.sums.copy_(state["sums"])
+        self.rows = list(state["rows"])
+
+
+def _batch_size(recipe: Recipe, n_train: int, ranks: int) -> int:
+    """Images a step: the recipe's, or fewer where there are not as many, in whole classes on whole ranks."""
+    asked, whole = recipe.batch.size, ranks * (recipe.batch.images_per_class or 1)
+    if asked % ranks or asked < whole:
+        raise RecipeError(
+            f"batch.size {asked} cannot be shared by {ranks} processes with batch.images_per_class "
+            f"{recipe.batch.images_per_class or 1}: choose a multiple of {whole}"
+        )
+    size = min(asked, n_train // whole * whole)
+    if size < 2:
+        raise RecipeError(f"{n_train} training images are too few for a batch over {ranks} processes: add images")
+    return size
 
 
 def _note(row: dict[str, float]) -> str:

@@ -71,6 +71,7 @@ class Recipe(Section):
         batch, views = self.batch, self.batch.views
         most = "" if wanted.max_views is None else f" and at most {wanted.max_views}"
         cache, size = self.data.cache_size, self.data.preprocessing.input_size
+        cap, schedule = self.loss.options.get("positives_cap"), self.schedule
         learns_classes = any(True for _ in wanted.parameters())
         wrong = {
             f"batch.views is {views}: {objective} takes at least {wanted.min_views}{most} of each image": (
@@ -97,11 +98,49 @@ class Recipe(Section):
             f"batch.chunk is for losses over the whole batch; {objective} needs none: use a smaller batch": (
                 batch.chunk is not None and learns_classes
             ),
+            f"loss.positives_cap {cap} does not go with momentum, mixup or label smoothing: leave one of them out": (
+                cap is not None and (self.momentum is not None or self.targets.soft)
+            ),
+            f"loss.positives_cap is {cap}: with batch.views {views} it is at least {views - 1}": (
+                cap is not None and cap < views - 1
+            ),
+            f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of {schedule.epochs} epochs": (
+                schedule.warmup_epochs >= schedule.epochs
+            ),
             f"batch.images_per_class {batch.images_per_class} does not divide batch.size {batch.size}": (
                 batch.images_per_class is not None and batch.size % batch.images_per_class != 0
             ),
         }
         return [problem for problem, found in wrong.items() if found]
+
+    def without_effect(self) -> list[str]:
+        """Settings that differ from their defaults and that nothing reads; one sentence each."""
+        augment, optimizer, schedule = self.augment, self.optimizer, self.schedule
+        plain = {name: type(getattr(self, name))() for name in ("augment", "optimizer", "schedule")}
+        stepped = (schedule.milestones, schedule.factor) != (plain["schedule"].milestones, plain["schedule"].factor)
+        of_policy = ("randaugment_ops", "randaugment_magnitude")
+        idle = {
+            f"encoder.width has no effect on {self.encoder.name}": (
+                self.encoder.width != 16 and not self.encoder.name.startswith("cifar_resnet")
+            ),
+            "optimizer.momentum has no effect on adamw": (
+                optimizer.name == "adamw" and optimizer.momentum != plain["optimizer"].momentum
+            ),
+            f"optimizer.eps has no effect on {optimizer.name}": (
+                optimizer.eps is not None and optimizer.name not in ("adamw", "rmsprop")
+            ),
+            f"schedule.milestones and factor have no effect on {schedule.decay} decay": (
+                schedule.decay != "step" and stepped
+            ),
+            f"augment.randaugment_… has no effect with augment.policy {augment.policy}": (
+                augment.policy != "randaugment"
+                and any(getattr(augment, name) != getattr(plain["augment"], name) for name in of_policy)
+            ),
+            "data.sampling and targets.class_weights are both balanced, which corrects twice": (
+                self.data.sampling == "balanced" and self.targets.class_weights == "balanced"
+            ),
+        }
+        return [sentence for sentence, found in idle.items() if found]
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""

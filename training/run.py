@@ -11,6 +11,7 @@ encoder.json         what rebuilds the encoder around them
 
 import io
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,19 @@ class Run:
         write_bytes(self.path / "checkpoint.pt", buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last whole state, or None before the first epoch ended."""
+        """The last whole state, or None before the first epoch ended.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RecipeError(f"{path} is damaged ({reason}): restore it, or train anew with another --out") from error
         return state
 
     def save_encoder(self, encoder: ImageEncoder, spec: EncoderSpec) -> None:

@@ -5,7 +5,7 @@ Knows values; knows neither files nor what is done with them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from coterie.images import Preprocessing
 from training.objectives import Objective, ObjectiveModule, build_objective
@@ -27,6 +27,7 @@ __all__ = [
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -138,7 +139,7 @@ class AugmentSection(Section):
         randaugment_ops, randaugment_magnitude: operations for each image, and their strength from 0 to 30.
     """
 
-    crop_area: tuple[Positive, Positive] = (0.2, 1.0)
+    crop_area: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: Share = 0.5
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -153,6 +154,13 @@ class AugmentSection(Section):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     grey: Share = 0.2
     blur: Share = 0.0
+
+    @field_validator("crop_area", "crop_ratio")
+    @classmethod
+    def _is_ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"{list(bounds)} must rise from the least to the most")
+        return bounds
 
 
 class OptimizerSection(Section):
@@ -182,7 +190,7 @@ class ScheduleSection(Section):
     """The learning rate's course, stepped every batch: linear warm-up, then decay.
 
     Attributes:
-        decay: `cosine` and `linear` fall to zero at the last step; `step` multiplies by `factor` at each milestone.
+        decay: `cosine` and `linear` fall towards zero; `step` multiplies by `factor` at each milestone.
         milestones: shares of all epochs, for `step`.
     """
 
@@ -236,7 +244,9 @@ class MonitorSection(Section):
     Attributes:
         every: epochs between two measurements; the last epoch is always measured.
         gallery: training images among which neighbours are sought and on which the linear probe is fitted, at most.
+        queries: held-out images that are measured, at most.
     """
 
     every: Annotated[int, Field(ge=1)] = 1
     gallery: Annotated[int, Field(ge=1)] = 20_000
+    queries: Annotated[int, Field(ge=1)] = 10_000

@@ -51,10 +51,11 @@ class Targets(NamedTuple):
             targets = targets * (1 - config.label_smoothing) + config.label_smoothing / self.n_classes
         if config.mixup:
             drawn = rng.beta(config.mixup, config.mixup, size=len(labels))
+            partner = torch.from_numpy(rng.permutation(len(labels))).to(views.device, non_blocking=True)
             kept = torch.from_numpy(drawn).to(views.dtype).to(views.device, non_blocking=True)
-            targets = torch.lerp(targets.roll(1, 0), targets, kept[:, None])
+            targets = torch.lerp(targets[partner], targets, kept[:, None])
             by_view = views.view(n_views, len(labels), *views.shape[1:])
-            views = torch.lerp(by_view.roll(1, 1), by_view, kept.view(1, -1, 1, 1, 1)).flatten(0, 1)
+            views = torch.lerp(by_view[:, partner], by_view, kept.view(1, -1, 1, 1, 1)).flatten(0, 1)
         weights = None if self.class_weights is None else targets @ self.class_weights
         return views, targets.repeat(n_views, 1), _repeat(weights, n_views)
 

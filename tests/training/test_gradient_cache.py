@@ -13,7 +13,7 @@ from training.objectives import build_objective
 
 
 class Ghost(nn.Module):
-    """BatchNorm over chunks of four rows, as chunked passes have it."""
+    """BatchNorm over chunks of four rows, as chunked passes of twelve have it."""
 
     def __init__(self, norm):
         super().__init__()

@@ -17,10 +17,10 @@ def rows(*losses):
 
 
 def check(*losses, settings=()):
-    recipe = load_recipe("digits", ["schedule.warmup_epochs=1", *settings])
+    objective = load_recipe("digits", settings).loss.build(n_classes=8, embedding_dim=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_health(rows(*losses), recipe, COLUMNS)
+        check_health(rows(*losses), objective, COLUMNS, warmup_epochs=1)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -38,12 +38,14 @@ def test_a_loss_that_stays_at_collapse_is_warned_of_once():
     check(at, at, at, 0.9 * at)
 
 
-def test_the_loss_of_collapse_bears_the_temperature_where_the_loss_does():
-    at = 0.1 * math.log(COLUMNS)
+@pytest.mark.parametrize(("objective", "temperature"), [("supcon", 0.1), ("simclr", 0.5)])
+def test_the_loss_of_collapse_bears_the_temperature_where_the_loss_does(objective, temperature):
+    at = temperature * math.log(COLUMNS)
     with pytest.raises(CoterieWarning):
-        check(at, at, at, at, settings=["loss.scale_by_temperature=true"])
+        check(at, at, at, at, settings=[f"loss={{objective: {objective}, scale_by_temperature: true}}"])
 
 
-def test_other_objectives_have_no_such_loss():
+@pytest.mark.parametrize("loss", ["{objective: triplet}", "{denominator: only_negatives}", "{positives_cap: 3}"])
+def test_other_losses_have_no_such_value(loss):
     at = math.log(COLUMNS)
-    check(at, at, at, at, settings=["loss={objective: triplet}"])
+    check(at, at, at, at, settings=[f"loss={loss}"])

@@ -52,6 +52,12 @@ def test_biases_and_normalisation_are_not_decayed(modules):
     assert sum(len(group["params"]) for group in everything.param_groups) == 6
 
 
+def test_lars_adapts_the_rates_of_weights_whether_they_are_decayed_or_not(modules):
+    optimizer = build_optimizer(OptimizerSection(name="lars", weight_decay=0), *modules)
+    adapted = {id(p) for group in optimizer.param_groups if group["always_adapt"] for p in group["params"]}
+    assert adapted == {id(modules[0][0].weight), id(modules[1].weight)}
+
+
 def test_the_encoder_may_learn_more_slowly_than_the_head(modules):
     encoder, head = modules
     optimizer = build_optimizer(OptimizerSection(encoder_lr_scale=0.1), encoder, head)

@@ -153,9 +153,27 @@ def test_images_of_one_group_stay_on_one_side(digit_tree, recipe, tmp_path):
 
 
 def test_a_run_starts_from_another_runs_weights(digit_tree, tiny_run, tmp_path):
-    settings = ["encoder.width=8", "schedule.epochs=1", "optimizer.lr=0.000001", f"encoder.start={tiny_run.path}"]
+    settings = [
+        "encoder.width=8",
+        "schedule={epochs: 1, warmup_epochs: 0}",
+        "optimizer.lr=0.000001",
+        f"encoder.start={tiny_run.path}",
+    ]
     run, _ = train(digit_tree, load_recipe("digits", settings), tmp_path / "run")
     assert run.metrics()[0]["knn_top1"] > tiny_run.metrics()[-1]["knn_top1"] - 0.15
+
+
+def test_a_set_too_small_to_hold_anything_out_is_refused(digit_tree_of, recipe, tmp_path):
+    tree = digit_tree_of(tmp_path / "few", classes=range(3), per_class=2)
+    with pytest.raises(DataError, match=r"raise data\.calibration"):
+        train(tree, load_recipe("digits", [*SMALL, "data.calibration=0.1"]), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tiny_run_copy, tiny_run_tree):
+    file = tiny_run_copy.path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RecipeError, match="is damaged"):
+        train(tiny_run_tree, tiny_run_copy.recipe(), tiny_run_copy.path, resume=True)
 
 
 def test_a_run_is_measured_as_often_as_it_asks_for_and_at_the_end(digit_tree, tmp_path):

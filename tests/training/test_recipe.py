@@ -60,6 +60,11 @@ def test_a_wrong_setting_is_named(setting, named):
         (["loss={objective: cross_entropy}", "batch.chunk=9"], "smaller batch"),
         (["batch.images_per_class=3"], "does not divide"),
         (["data.test=0.8"], "no image to train on"),
+        (["loss.positives_cap=3", "momentum.queue=9"], "leave one of them out"),
+        (["loss.positives_cap=3", "targets.mixup=0.2"], "leave one of them out"),
+        (["loss.positives_cap=1", "batch.views=4"], "at least 3"),
+        (["schedule.epochs=2"], "warmup_epochs 2 leaves nothing"),
+        (["augment.crop_area=[0.8, 0.2]"], "must rise"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, named):
@@ -101,3 +106,24 @@ def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_hold_nothing_without_effect(name):
+    assert load_recipe(name).without_effect() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["encoder.name=resnet18"], "encoder.width"),
+        (["optimizer.momentum=0.5"], "optimizer.momentum"),
+        (["optimizer={name: sgd, eps: 0.1}"], "optimizer.eps"),
+        (["schedule.factor=0.5"], "schedule.milestones"),
+        (["augment.randaugment_ops=3"], "randaugment"),
+        (["data.sampling=balanced", "targets.class_weights=balanced"], "corrects twice"),
+    ],
+)
+def test_settings_without_effect_are_told(settings, named):
+    (sentence,) = load_recipe("digits", settings).without_effect()
+    assert named in sentence

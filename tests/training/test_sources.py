@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from coterie.dataset import read_images, read_pixels
+from coterie.errors import DataError
 from coterie.images import Preprocessing
 from training.sources import MemoryImages, StreamedImages, fits_in_memory
 
@@ -38,6 +39,20 @@ def test_rows_that_were_left_out_do_not_shift_the_others(digit_tree):
     assert torch.equal(pixels, torch.from_numpy(expected))
 
 
+def test_an_image_that_vanishes_while_training_is_named_with_the_remedy(digit_tree):
+    found = read_images(digit_tree)
+    images = read_pixels(found, FORM, keep_pixels=False)
+    gone = digit_tree / found.paths[3]
+    gone.unlink()
+    source = StreamedImages(found, images.rows, FORM, CPU, 1)
+    with pytest.raises(DataError, match=f"{gone.name} could be read when training began.*--resume"):
+        list(source.batches([torch.arange(6)]))
+
+
 def test_a_large_set_is_not_put_into_memory():
     assert fits_in_memory(1_000, (32, 32), CPU)
     assert not fits_in_memory(10_000_000, (512, 512), CPU)
+    most = 2**20
+    while fits_in_memory(2 * most, (1, 1), CPU):
+        most *= 2
+    assert not fits_in_memory(most, (1, 1), CPU, copies=8)
