@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from coterie.errors import DataError, ImageError
-from coterie.images import IMAGE_SUFFIXES, Limits, Preprocessing, decode, fit, read_file, thumbnail
+from coterie.images import IMAGE_SUFFIXES, Limits, Preprocessing, decode_to_fit, fit, read_file, thumbnail
 from coterie.labels import check_counts, check_label
 from coterie.machine import processors
 from coterie.splits import group_by_pattern
@@ -214,9 +214,9 @@ def read_pixels(
     def read(row: int) -> tuple[str, NDArray[np.uint8], bytes] | Rejected:
         try:
             data = images.read(row, limits)
-            image = decode(data, background=preprocessing.background, limits=limits)
+            image, box = decode_to_fit(data, preprocessing, limits)
             picture = thumbnail(image) if thumbnails else b""
-            return hashlib.sha256(data).hexdigest(), fit(image, preprocessing), picture
+            return hashlib.sha256(data).hexdigest(), fit(image, preprocessing, box), picture
         except ImageError as error:
             return Rejected(images.paths[row], str(error))
 

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every kind of file that people send, and every kind of damage."""
+"""Bytes to pixels: every kind of source, of damage and of size; what the pixels are is in test_images_golden.py."""
 
 import io
 import os
@@ -23,18 +23,6 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 SQUARE = Preprocessing(input_size=(8, 8))
 
-# What each EXIF orientation asks the viewer to do with the stored pixels (EXIF 2.3, tag 274).
-ORIENTATIONS = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
-
 
 def encoded(image: Image.Image | NDArray[Any], kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
@@ -46,12 +34,6 @@ def pixels_of(data: bytes, **options: Any) -> NDArray[np.uint8]:
     return np.asarray(decode(data, **options))
 
 
-def oriented(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[274] = orientation
-    return exif
-
-
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header states a size that its few bytes of pixels do not have."""
 
@@ -61,103 +43,6 @@ def png_claiming(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-# Kinds of pixels
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_the_exif_orientation_is_applied(orientation: int, kind: str) -> None:
-    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    data = encoded(PICTURE, kind, exif=oriented(orientation), **options)
-    np.testing.assert_array_equal(pixels_of(data), ORIENTATIONS[orientation](PICTURE))
-
-
-def test_a_rotated_photograph_is_upright() -> None:
-    data = encoded(PICTURE, "JPEG", exif=oriented(6))
-    assert decode(data).size == (5, 7)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_exif_block_does_not_spoil_the_image() -> None:
-    data = encoded(PICTURE, "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage")
-    np.testing.assert_array_equal(pixels_of(data), PICTURE)
-
-
-def test_cmyk_becomes_rgb() -> None:
-    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
-    assert np.abs(pixels_of(data).astype(int) - RED).max() <= 3
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparent_pixels_show_the_background(mode: str) -> None:
-    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    assert np.asarray(decode(image.convert(mode), background=GREEN)).tolist() == [[[0, 0, 0], list(GREEN)]]
-
-
-def test_half_transparent_pixels_mix_with_the_background() -> None:
-    data = encoded(Image.new("RGBA", (1, 1), (*RED, 128)))
-    assert pixels_of(data, background=WHITE).tolist() == [[[255, 127, 127]]]
-    assert pixels_of(data, background=BLUE).tolist() == [[[128, 0, 127]]]
-
-
-def test_a_transparent_palette_colour_shows_the_background() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([*RED, *BLUE])
-    image.putpixel((1, 0), 1)
-    one, each = encoded(image, transparency=1), encoded(image, transparency=bytes([255, 0]))
-    assert pixels_of(one).tolist() == pixels_of(each).tolist() == [[list(RED), list(WHITE)]]
-
-
-@pytest.mark.parametrize(("mode", "colour"), [("L", 9), ("RGB", (9, 9, 9)), ("1", 0)])
-def test_a_single_transparent_colour_shows_the_background(mode: str, colour: Any) -> None:
-    data = encoded(Image.new(mode, (1, 1), colour), transparency=colour)
-    assert pixels_of(data, background=GREEN).tolist() == [[list(GREEN)]]
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_greys_keep_their_shades(kind: str) -> None:
-    data = encoded(np.asarray([[0, 257, 32896, 65535]], dtype=np.uint16), kind)
-    assert pixels_of(data)[0, :, 0].tolist() == [0, 1, 128, 255]
-
-
-def test_sixteen_bit_greys_are_turned_upright_too() -> None:
-    grey = (PICTURE[..., 0].astype(np.uint16)) * 257
-    data = encoded(grey, exif=oriented(6))
-    np.testing.assert_array_equal(pixels_of(data)[..., 0], np.rot90(PICTURE[..., 0], -1))
-
-
-def test_floating_point_pixels_are_refused() -> None:
-    with pytest.raises(ImageError, match="floating-point"):
-        decode(encoded(np.zeros((2, 2), dtype=np.float32), "TIFF"))
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_of_an_animation_counts(kind: str) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
-    options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
-    assert (pixels_of(data) == RED).all()
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "JPEG2000", "BMP", "PPM", "GIF", "TIFF", "PNG"])
-def test_every_format_gives_its_picture(kind: str) -> None:
-    picture = Image.new("RGB", (24, 16), (200, 100, 50))
-    found = pixels_of(encoded(picture, kind))
-    assert found.shape == (16, 24, 3)
-    assert np.abs(found.astype(int) - (200, 100, 50)).max() <= 6
-
-
-def test_one_pixel_is_an_image() -> None:
-    assert (load_pixels(encoded(Image.new("RGB", (1, 1), BLUE)), SQUARE) == BLUE).all()
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "HSV", "CMYK", "I", "RGBX", "LAB"])
-def test_images_of_every_mode_become_rgb(mode: str) -> None:
-    assert decode(Image.new(mode, (3, 2))).mode == "RGB"
 
 
 # Sources
@@ -293,6 +178,28 @@ def test_a_file_over_the_byte_limit_is_not_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("the file was read"))
     with pytest.raises(ImageError, match="over the limit of 10"):
         decode(file, limits=Limits(max_bytes=10))
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_they_are_decoded() -> None:
+    data = encoded(Image.fromarray(PICTURE), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    decode(data[:-2] + last * 40 + data[-2:])
+    with pytest.raises(ImageError, match=r"1,\d\d\d scans, over the limit of 50"):
+        decode(data[:-2] + last * 1000 + data[-2:])
+
+
+def test_a_film_after_a_photograph_does_not_count_as_scans() -> None:
+    data = encoded(PICTURE, "JPEG")
+    np.testing.assert_array_equal(pixels_of(data + b"\xff\xda\x00\x02" * 1000), pixels_of(data))
+
+
+def test_too_little_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: ImageFile.ImageFile) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ImageError, match="memory does not suffice for its 7 × 5 pixels"):
+        decode(encoded(PICTURE))
 
 
 # Geometry
