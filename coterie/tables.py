@@ -18,7 +18,20 @@ import pyarrow.parquet as pq
 from coterie.errors import DataError
 from coterie.labels import check_label
 
-__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "TABLE_SUFFIXES", "Table", "read_table"]
+__all__ = [
+    "BATCH",
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
+    "TABLE_SUFFIXES",
+    "Table",
+    "class_names_of",
+    "csv_rows",
+    "find_column",
+    "parse_images",
+    "parse_labels",
+    "parse_texts",
+    "read_table",
+]
 
 IMAGE_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "category")
@@ -70,7 +83,7 @@ def read_table(file: Path, *, group: str | None = None) -> Table:
 
 
 def _read_csv(file: Path, group: str | None) -> Table:
-    rows = _csv_rows(file)
+    rows = csv_rows(file)
     _, header = next(rows, (0, []))
     if not header:
         raise DataError(f"{file} is empty: give it a header such as path,label and a row for each image")
@@ -88,7 +101,7 @@ def _read_csv(file: Path, group: str | None) -> Table:
     return Table(paths, labels, groups[0] if groups else None, None, lambda row: f"{file}, line {lines[row]}")
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Every row that is not blank, with the number of its first line."""
     try:
         data = file.read_bytes()
@@ -119,27 +132,27 @@ def _read_parquet(file: Path, group: str | None) -> Table:
             raise DataError(f"{file} has no rows: add a row for each image")
         table = pa.Table.from_batches(batches)
         image, label, *groups = (table.column(name) for name in names)
-        contents, paths = _images(f"{file}, column {names[0]!r}", image, file.stem)
-        labels = _labels(f"{file}, column {names[1]!r}", label, _class_names(schema, names[1]))
-        objects = _texts(f"{file}, column {names[2]!r}", groups[0]) if groups else None
+        contents, paths = parse_images(f"{file}, column {names[0]!r}", image, file.stem)
+        labels = parse_labels(f"{file}, column {names[1]!r}", label, class_names_of(schema, names[1]))
+        objects = parse_texts(f"{file}, column {names[2]!r}", groups[0]) if groups else None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as Parquet: {reason}") from error
     return Table(paths, labels, objects, contents, lambda row: f"{file}, row {row}")
 
 
-def _images(where: str, column: pa.ChunkedArray, stem: str) -> tuple[pa.ChunkedArray | None, tuple[str, ...]]:
+def parse_images(where: str, column: pa.ChunkedArray, stem: str) -> tuple[pa.ChunkedArray | None, tuple[str, ...]]:
     """The bytes inside the table, if any, and a path for each row that has an image."""
     if pa.types.is_struct(column.type):
         if not {field.name for field in column.type} >= {"bytes", "path"}:
             raise DataError(f"{where}: the struct of an image has the fields bytes and path, not {column.type}")
-        contents, paths = pc.struct_field(column, "bytes"), _texts(where, pc.struct_field(column, "path"))
+        contents, paths = pc.struct_field(column, "bytes"), parse_texts(where, pc.struct_field(column, "path"))
         if pa.types.is_null(contents.type):
             return None, paths
     elif _is_binary(column.type):
         contents, paths = column, ("",) * len(column)
     else:
-        return None, _texts(where, column)
+        return None, parse_texts(where, column)
     if not _is_binary(contents.type):
         raise DataError(f"{where}: its bytes are of type {contents.type}, not binary")
     held = contents.is_valid().to_pylist()
@@ -148,10 +161,11 @@ def _images(where: str, column: pa.ChunkedArray, stem: str) -> tuple[pa.ChunkedA
     )
 
 
-def _labels(where: str, column: pa.ChunkedArray, class_names: Sequence[str]) -> tuple[str, ...]:
+def parse_labels(where: str, column: pa.ChunkedArray, class_names: Sequence[str]) -> tuple[str, ...]:
+    """Labels as text, numbers by their names where there are some; DataError for lists."""
     if _is_list(column.type):
         raise DataError(f"{where}: multi-label: it holds lists, and an image has one label here")
-    labels = _texts(where, column)
+    labels = parse_texts(where, column)
     if not class_names:
         return labels
     names = {str(number): str(name) for number, name in enumerate(class_names)}
@@ -161,7 +175,7 @@ def _labels(where: str, column: pa.ChunkedArray, class_names: Sequence[str]) -> 
     return tuple(names.get(label, "") for label in labels)
 
 
-def _class_names(schema: pa.Schema, column: str) -> Sequence[str]:
+def class_names_of(schema: pa.Schema, column: str) -> Sequence[str]:
     """The names of a ClassLabel column as Hugging Face datasets notes them, or none."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
@@ -170,7 +184,7 @@ def _class_names(schema: pa.Schema, column: str) -> Sequence[str]:
     return names if isinstance(names, list) and pa.types.is_integer(schema.field(column).type) else ()
 
 
-def _texts(where: str, column: pa.ChunkedArray) -> tuple[str, ...]:
+def parse_texts(where: str, column: pa.ChunkedArray) -> tuple[str, ...]:
     """Text, or whole numbers as text; empty where there is none."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_integer(kind) or _is_text(kind) or pa.types.is_null(kind)):
@@ -192,7 +206,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _columns(file: Path, header: Sequence[str], group: str | None) -> list[str]:
     """The names of the image and the label column, and of `group` if given."""
-    names = [_column(file, header, "image", IMAGE_COLUMNS), _column(file, header, "label", LABEL_COLUMNS)]
+    names = [find_column(file, header, "image", IMAGE_COLUMNS), find_column(file, header, "label", LABEL_COLUMNS)]
     if group is None:
         return names
     if header.count(group) != 1:
@@ -201,7 +215,8 @@ def _columns(file: Path, header: Sequence[str], group: str | None) -> list[str]:
     return [*names, group]
 
 
-def _column(file: Path, header: Sequence[str], role: str, accepted: Sequence[str]) -> str:
+def find_column(file: Path, header: Sequence[str], role: str, accepted: Sequence[str]) -> str:
+    """The one column of `header` whose name is accepted for this role, whatever its case; else DataError."""
     found = [name for name in header if name.lower() in accepted]
     if not found:
         raise DataError(f"{file} has no {role} column: it has {_listed(header)}; name it one of {', '.join(accepted)}")

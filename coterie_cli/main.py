@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,14 @@ FORMS = "a folder with one folder of images per class, or a .csv or .parquet fil
 Data = Annotated[Path, typer.Argument(help=f"Labelled images: {FORMS}.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep images of one object on one side of the split: the column that names it, or for a folder a "
+        "regular expression whose first group finds it in the path below the class.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
@@ -87,14 +95,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
     settings: Annotated[list[str] | None, typer.Option("--set", help="Replace a value: optimizer.lr=0.3")] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep images of one object on one side of the split: the column that names it, or for a folder a "
-            "regular expression whose first group finds it in the path below the class.",
-            show_default=False,
-        ),
-    ] = None,
+    group: Group = None,
     wandb: Annotated[
         str | None, typer.Option(help="Also report to this project of Weights & Biases.", show_default=False)
     ] = None,
@@ -153,22 +154,55 @@ def probe(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
     gallery: Annotated[Path, typer.Option(help=f"Labelled images: {FORMS}.")],
+    run: Annotated[Path | None, typer.Argument(help="A finished run directory.", show_default=False)] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Instead of a run: timm:NAME, or resnet18, 34, 50, 101, 152, 200.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Of --encoder: a .safetensors, .pt or .pth file; else timm's hub.", show_default=False),
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Of --encoder: height and width; else timm's own.", min=8, show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The bundle directory to write.")] = Path("bundle"),
-    name: Annotated[str | None, typer.Option(help="Name of the gallery; by default the recipe's.")] = None,
+    precision: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="What the model computes in.")] = "fp32",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the gallery; by default the recipe's or encoder's.", show_default=False)
+    ] = None,
+    group: Group = None,
     push: Annotated[bool, typer.Option(help="Also put the bundle into the BentoML model store.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
     strict: Strict = False,
 ) -> None:
-    """Package a run and its gallery as a bundle, checked against the torch encoder.
+    """Package a run, or an encoder of timm, and its gallery as a bundle, checked against the torch encoder.
 
     Example: coterie export runs/photos --gallery photos/train --out bundles/photos
+
+    Or: coterie export --encoder timm:convnext_tiny --gallery photos/train --out bundles/photos --precision int8
     """
-    from export.package import export_run
+    if (run is None) == (encoder is None):
+        raise CoterieError("export needs one of a run and --encoder: coterie export RUN …, or --encoder timm:NAME …")
+    if encoder is None and (weights or input_size):
+        raise CoterieError("--weights and --input-size belong to --encoder: a run brings its own")
+    from export.package import export_bundle
+    from export.precision import Precision
+    from export.source import pretrained_source, run_source
     from training.run import Run
 
-    result = export_run(Run.open(run), gallery, out, name=name, overwrite=overwrite, strict=strict)
+    source = run_source(Run.open(run)) if run else pretrained_source(encoder, weights=weights, input_size=input_size)
+    result = export_bundle(
+        source,
+        gallery,
+        out,
+        name=name,
+        group=group,
+        precision=Precision(precision),
+        overwrite=overwrite,
+        strict=strict,
+    )
     show_rejected(result.images.rejected)
     manifest = result.bundle.manifest
     console.print(
@@ -177,6 +211,41 @@ def export(
     )
     if push:
         push_bundle(out)
+
+
+@app.command()
+def embed(
+    bundle: BundlePath,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Images, labelled or not: a folder, or a .csv or .parquet file with a row for each image.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that decode, by default one for each processor; 0 decodes in this one.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Embed any number of images into a Parquet file; the same command again goes on where it was stopped.
+
+    Example: coterie embed bundles/photos photos/all --out photos.parquet
+    """
+    from coterie.embedding import embed_images
+
+    done = embed_images(bundle, data, out, device=device, workers=workers, overwrite=overwrite, restart=restart)
+    if done.rejected:
+        print(f"{done.rejected:,} images were left out: {done.rejects} has the reasons", file=sys.stderr)
+    console.print(f"Embedded {done.images:,} images in {done.dim} dimensions: [bold]{done.file}[/]")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.encoders import ImageEncoder
 
-__all__ = ["to_onnx"]
+__all__ = ["serialised", "to_onnx"]
 
 OPSET = 20
 
@@ -57,7 +57,11 @@ def to_onnx(encoder: ImageEncoder, input_size: tuple[int, int], properties: Mapp
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    model = program.model_proto
+    return serialised(program.model_proto, properties)
+
+
+def serialised(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
+    """The checked model as bytes that are equal for equal models, with these properties and no other notes."""
     _strip(model)
     onnx.helper.set_model_props(model, dict(sorted(properties.items())))
     onnx.checker.check_model(model)
