@@ -1,6 +1,6 @@
 """SupCon beside the objectives its paper compares it with, at one budget, on labelled images of your own.
 
-    python -m benchmarks.objectives TRAIN TEST [--recipe photos-cpu] [--epochs 20] [--seeds 3] [--json FILE]
+    python -m benchmarks.objectives TRAIN TEST [--recipe photos-cpu] [--set key=value …] [--epochs 20] [--seeds 3]
 
 Each objective trains the same encoder with the same augmentation, optimiser, schedule, steps and number of views, from
 seeds 0, 1, …; N-pairs, which takes one view of an image, gets twice the images in a batch and twice the epochs. Options
@@ -34,11 +34,12 @@ assert training.__doc__
 MEASURES = ("knn_top1", "linear_top1")
 
 
-def recipe_for(objective: Objective, base: str, epochs: int, seed: int) -> Recipe:
+def recipe_for(objective: Objective, base: str, chosen: list[str], epochs: int, seed: int) -> Recipe:
     """The base recipe with this objective, at the common budget."""
-    plain = load_recipe(base)
+    plain = load_recipe(base, chosen)
     one_view = objective is Objective.N_PAIRS
     settings = [
+        *chosen,
         f"name={plain.name}-{objective.value}",
         f"loss={{objective: {objective.value}}}",
         f"seed={seed}",
@@ -67,13 +68,14 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--recipe", default="photos-cpu")
+    parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(processors())
-    preprocessing = load_recipe(arguments.recipe).data.preprocessing
+    preprocessing = load_recipe(arguments.recipe, arguments.settings).data.preprocessing
     gallery, queries = (read_pixels(read_images(data), preprocessing) for data in (arguments.train, arguments.test))
     if gallery.classes != queries.classes:
         raise DataError(
@@ -82,7 +84,7 @@ def main() -> None:
     table: dict[str, dict[str, list[float]]] = {}
     for seed in range(arguments.seeds):
         for objective in Objective:
-            recipe = recipe_for(objective, arguments.recipe, arguments.epochs, seed)
+            recipe = recipe_for(objective, arguments.recipe, arguments.settings, arguments.epochs, seed)
             out = arguments.runs / f"{recipe.name}-{seed}"
             if not (out / "encoder.safetensors").exists():
                 train(arguments.train, recipe, out, resume=True)
@@ -92,14 +94,17 @@ def main() -> None:
             row = table.setdefault(objective.value, {})
             for name, value in measured.items():
                 row.setdefault(name, []).append(value)
-            print(f"{objective.value:14} seed {seed}  " + "  ".join(f"{n} {v:.4f}" for n, v in measured.items()))
+            print(
+                f"{objective.value:14} seed {seed}  " + "  ".join(f"{n} {v:.4f}" for n, v in measured.items()),
+                flush=True,
+            )
     print(f"\n{len(queries)} test images of {len(queries.classes)} classes, mean ± standard deviation over seeds")
     for name, row in sorted(table.items(), key=lambda entry: -statistics.mean(entry[1]["knn_top1"])):
         shown = "   ".join(f"{m} {statistics.mean(row[m]):.4f} ± {_deviation(row[m]):.4f}" for m in MEASURES)
         print(f"{name:14} {shown}   {statistics.mean(row['seconds']):4.0f} s")
     if arguments.json:
         result = {
-            "recipe": load_recipe(arguments.recipe).model_dump(mode="json"),
+            "recipe": load_recipe(arguments.recipe, arguments.settings).model_dump(mode="json"),
             "epochs": arguments.epochs,
             "train_images": len(gallery),
             "test_images": len(queries),

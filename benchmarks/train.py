@@ -6,7 +6,7 @@ Both train the same encoder and head from the same images in memory, with the sa
 optimiser. The reference decodes nothing either: its data set hands Pillow images to RandomResizedCrop, flip,
 ColorJitter and grey in DataLoader workers (as many as measured best, from 1 to the processors), and its step is float32
 with the channels first, as SupContrast's code and its many descendants have it. Ours is measured as the recipe says
-and, so that it shows what the precision contributes, with float32 too.
+and with float32, and the reference with our precision and layout, so that it shows what these contribute.
 
 Times are of whole epochs without monitoring, taken in turns in one process. On a GPU it also gives the share of time in
 which a kernel ran, from torch's profiler.
@@ -78,10 +78,13 @@ class TwoViews(Dataset[tuple[Tensor, int]]):
 Epoch = Callable[[], int]  # trains one and returns the views it took
 
 
-def reference(recipe: Recipe, pixels: Tensor, labels: Tensor, world: World, workers: int) -> Epoch:
-    """The common loop."""
-    network = Learner(recipe, labels, int(labels.max()) + 1, world).network.to(memory_format=torch.contiguous_format)
-    network.bf16 = False
+def reference(
+    recipe: Recipe, pixels: Tensor, labels: Tensor, world: World, workers: int, *, tuned: bool = False
+) -> Epoch:
+    """The common loop; `tuned`, with the recipe's precision and the channels last."""
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    network = Learner(recipe, labels, int(labels.max()) + 1, world).network.to(memory_format=layout)
+    network.bf16 = network.bf16 and tuned
     others = nn.ModuleList(network.beside_encoder())
     optimizer = build_optimizer(recipe.optimizer, network.encoder, others)
     # The views come normalised.
@@ -101,7 +104,7 @@ def reference(recipe: Recipe, pixels: Tensor, labels: Tensor, world: World, work
         network.train()
         views_seen = 0
         for views, truth in loader:
-            views = views.transpose(0, 1).flatten(0, 1).to(world.device, non_blocking=True)
+            views = views.transpose(0, 1).flatten(0, 1).to(world.device, memory_format=layout, non_blocking=True)
             truth = truth.to(world.device, non_blocking=True)
             loss = textbook(network.project(views), truth.repeat(recipe.batch.views))
             optimizer.zero_grad(set_to_none=True)
@@ -177,9 +180,10 @@ def main() -> None:
     pixels = torch.from_numpy(prepared.images.pixels).to(world.device)
     labels = torch.from_numpy(prepared.images.labels).to(world.device)
     loops = {
-        f"reference, {workers} workers": reference(recipe, pixels, labels, world, workers)
+        f"reference, {workers} worker{'s'[: workers - 1]}": reference(recipe, pixels, labels, world, workers)
         for workers in sorted({1, 2, processors()})
     }
+    loops["tuned reference, 1 worker"] = reference(recipe, pixels, labels, world, 1, tuned=True)
     if recipe.precision != "fp32":
         loops["coterie, fp32"] = ours(recipe.model_copy(update={"precision": "fp32"}), pixels, labels, world)
     loops[f"coterie, {recipe.precision}"] = ours(recipe, pixels, labels, world)
