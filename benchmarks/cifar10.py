@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn import functional as F
 
-import training  # sets how OpenMP's threads wait, before torch is loaded
 from coterie.dataset import read_folder, read_images, read_pixels
 from coterie.errors import TrainingStopped
 from coterie.files import write_text
@@ -38,8 +37,6 @@ from training.pretrain import train
 from training.probe import probe, probe_settings
 from training.recipe import load_recipe
 from training.run import Run
-
-assert training.__doc__
 
 UNFINISHED = 3
 LEVELS = (0.90, 0.93, 0.95)
@@ -198,7 +195,10 @@ def main() -> None:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a bare machine has no git
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

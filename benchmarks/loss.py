@@ -28,10 +28,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Threads that wait for others by spinning take the time of a machine that has other work, too: of all three,
-# but most of whatever has the most and shortest operations.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
 import torch
 from torch import Tensor
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import training  # sets how OpenMP's threads wait, before torch is loaded
 from coterie.dataset import LabelledPixels, read_images, read_pixels
 from coterie.errors import DataError
 from coterie.files import write_text
@@ -28,8 +27,6 @@ from training.objectives import Objective
 from training.pretrain import train
 from training.recipe import Recipe, load_recipe
 from training.run import Run
-
-assert training.__doc__
 
 MEASURES = ("knn_top1", "linear_top1")
 

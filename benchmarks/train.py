@@ -38,7 +38,6 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import training  # sets how OpenMP's threads wait, before torch is loaded
 from benchmarks.loss import textbook
 from coterie.files import write_text
 from coterie.machine import processors
@@ -51,8 +50,6 @@ from training.recipe import Recipe, load_recipe
 from training.sampling import epoch_batches
 
 __all__ = ["main"]
-
-assert training.__doc__
 
 
 class TwoViews(Dataset[tuple[Tensor, int]]):
