@@ -199,7 +199,7 @@ def _build_network(recipe: Recipe, n_classes: int, world: World, *, fresh: bool)
 
 
 def _warn(recipe: Recipe, spec: EncoderSpec, normalisation: Normalisation | None) -> None:
-    doubts = recipe.without_effect() + encoder_warnings(spec)
+    doubts = recipe.doubts() + encoder_warnings(spec)
     if normalisation is not None and not np.allclose((spec.mean, spec.std), normalisation, atol=0.01):
         doubts.append(
             f"encoder.start was trained with data.mean {normalisation.mean} and data.std {normalisation.std}, "

@@ -71,7 +71,7 @@ class Recipe(Section):
         batch, views = self.batch, self.batch.views
         most = "" if wanted.max_views is None else f" and at most {wanted.max_views}"
         cache, size = self.data.cache_size, self.data.preprocessing.input_size
-        cap, schedule = self.loss.options.get("positives_cap"), self.schedule
+        cap = self.loss.options.get("positives_cap")
         learns_classes = any(True for _ in wanted.parameters())
         wrong = {
             f"batch.views is {views}: {objective} takes at least {wanted.min_views}{most} of each image": (
@@ -104,17 +104,14 @@ class Recipe(Section):
             f"loss.positives_cap is {cap}: with batch.views {views} it is at least {views - 1}": (
                 cap is not None and cap < views - 1
             ),
-            f"schedule.warmup_epochs {schedule.warmup_epochs:g} leaves nothing of {schedule.epochs} epochs": (
-                schedule.warmup_epochs >= schedule.epochs
-            ),
             f"batch.images_per_class {batch.images_per_class} does not divide batch.size {batch.size}": (
                 batch.images_per_class is not None and batch.size % batch.images_per_class != 0
             ),
         }
         return [problem for problem, found in wrong.items() if found]
 
-    def without_effect(self) -> list[str]:
-        """Settings that differ from their defaults and that nothing reads; one sentence each."""
+    def doubts(self) -> list[str]:
+        """What is allowed and hardly meant, such as settings that nothing reads; one sentence each."""
         augment, optimizer, schedule = self.augment, self.optimizer, self.schedule
         plain = {name: type(getattr(self, name))() for name in ("augment", "optimizer", "schedule")}
         stepped = (schedule.milestones, schedule.factor) != (plain["schedule"].milestones, plain["schedule"].factor)
@@ -135,6 +132,9 @@ class Recipe(Section):
             f"augment.randaugment_… has no effect with augment.policy {augment.policy}": (
                 augment.policy != "randaugment"
                 and any(getattr(augment, name) != getattr(plain["augment"], name) for name in of_policy)
+            ),
+            f"schedule.warmup_epochs {schedule.warmup_epochs:g} takes all of the {schedule.epochs} epochs": (
+                schedule.warmup_epochs >= schedule.epochs
             ),
             "data.sampling and targets.class_weights are both balanced, which corrects twice": (
                 self.data.sampling == "balanced" and self.targets.class_weights == "balanced"
