@@ -159,25 +159,54 @@ class Triplet(ObjectiveModule):
 class MaxMargin(ObjectiveModule):
     """Large-margin softmax, the max-margin row of the paper's table 2 (arXiv 1612.02295, eqs. 6 and 7).
 
-        L = -log softmax(‖W_c‖ ‖x‖ cos θ_c)_y, where ψ(θ_y) = (-1)^k cos(m θ_y) - 2k stands for cos θ_y
-        and k is the integer with θ_y in [k π/m, (k + 1) π/m]
+        L = -log softmax(‖W_c‖ ‖x‖ cos θ_c)_y, where (λ cos θ_y + ψ(θ_y)) / (1 + λ) stands for cos θ_y,
+        ψ(θ) = (-1)^k cos(m θ) - 2k, and k is the integer with θ in [k π/m, (k + 1) π/m]
 
-    Acts on the encoder's output; the length of z matters. m = 1 is softmax without bias.
+    Acts on the encoder's output; the length of z matters. m = 1 is softmax without bias. From random weights the margin
+    alone does not begin to learn: λ anneals it (section 5.1 there), λ = max(lambda_min, lambda_start / (1 + 0.12 t)) at
+    step t, with the constants that the authors' later code uses (arXiv 1704.08063).
     """
 
     uses_projection = False
+    steps: Tensor
 
-    def __init__(self, *, n_classes: int, embedding_dim: int, margin: int = 4, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        n_classes: int,
+        embedding_dim: int,
+        margin: int = 4,
+        scale: float = 1.0,
+        lambda_start: float = 1000.0,
+        lambda_min: float = 5.0,
+    ) -> None:
         super().__init__()
         if margin < 1 or margin != int(margin):
             raise ValueError(f"margin must be a positive integer, not {margin}")
-        self.loss = LargeMarginSoftmaxLoss(n_classes, embedding_dim, margin=margin, scale=scale)
+        if min(lambda_start, lambda_min) < 0:
+            raise ValueError(f"lambda_start and lambda_min must not be negative: {lambda_start}, {lambda_min}")
+        self.loss = _AnnealedMargin(n_classes, embedding_dim, margin=margin, scale=scale)
+        self.lambda_start, self.lambda_min = lambda_start, lambda_min
+        self.register_buffer("steps", torch.zeros(()))  # of training, which a checkpoint keeps
 
     def forward(self, z: Tensor, labels: Tensor, *, n_views: int) -> Tensor:
         self._check(z, labels, n_views)
+        self.loss.plain = (self.lambda_start / (1 + 0.12 * self.steps)).clamp_min(self.lambda_min)
+        if self.training:
+            self.steps += 1
         with torch.autocast(z.device.type, enabled=False):
             loss: Tensor = self.loss(_at_least_float32(z), labels)
         return loss
+
+
+class _AnnealedMargin(LargeMarginSoftmaxLoss):  # type: ignore[misc]
+    """pytorch-metric-learning's loss with a share of the plain cosine, weighted by `plain` to 1, in place of ψ."""
+
+    plain: Tensor
+
+    def modify_cosine_of_target_classes(self, cosines: Tensor) -> Tensor:
+        with_margin: Tensor = super().modify_cosine_of_target_classes(cosines)
+        return (self.plain * cosines + with_margin) / (1 + self.plain)
 
 
 class CrossEntropy(ObjectiveModule):

@@ -95,18 +95,35 @@ def test_triplet_derived_by_hand() -> None:
     assert build("triplet", margin=0.5)(z, torch.tensor([0, 0, 1, 1]), n_views=1).item() == pytest.approx(0.3)
 
 
-def test_max_margin_replaces_the_target_angle() -> None:
+@pytest.mark.parametrize("plain", [0.0, 2.0])
+def test_max_margin_replaces_the_target_angle(plain: float) -> None:
     z, labels = rows(9), torch.arange(9) % 3
-    objective = build("max_margin", margin=4)
+    objective = build("max_margin", margin=4, lambda_start=0, lambda_min=plain)
     (weight,) = objective.parameters()
     logits = z @ weight.detach().double()  # (n, classes)
     lengths = z.norm(dim=1, keepdim=True) * weight.detach().double().norm(dim=0)
     angle = (logits / lengths).acos()
     k = (angle * 4 / math.pi).floor()
     target = F.one_hot(labels, 3).bool()
-    with_margin = torch.where(target, lengths * ((-1) ** k * (4 * angle).cos() - 2 * k), logits)
+    annealed = (plain * angle.cos() + (-1) ** k * (4 * angle).cos() - 2 * k) / (1 + plain)
+    with_margin = torch.where(target, lengths * annealed, logits)
     torch.testing.assert_close(objective(z, labels, n_views=1).double(), F.cross_entropy(with_margin, labels))
     assert len(k[target].unique()) > 1  # several branches of the angle's function
+
+
+def test_the_margin_is_annealed_over_steps_of_training_that_a_checkpoint_keeps() -> None:
+    z, labels = rows(9), torch.arange(9) % 3
+    objective = build("max_margin", lambda_start=10, lambda_min=1)
+    weight = objective.loss.W.detach()
+    for step in range(3):
+        fixed = build("max_margin", lambda_start=0, lambda_min=10 / (1 + 0.12 * step))
+        fixed.loss.W.data.copy_(weight)
+        torch.testing.assert_close(objective(z, labels, n_views=1), fixed(z, labels, n_views=1))
+    resumed = build("max_margin", lambda_start=10, lambda_min=1)
+    resumed.load_state_dict(objective.state_dict())
+    torch.testing.assert_close(resumed(z, labels, n_views=1), objective.eval()(z, labels, n_views=1))
+    resumed.steps.fill_(1000)
+    assert resumed(z, labels, n_views=1) > 0 and resumed.loss.plain == 1
 
 
 def test_cross_entropy_takes_probabilities() -> None:
