@@ -2,16 +2,17 @@
 
     python -m benchmarks.loss [--json FILE] [--runs 7] [--no-curve]
 
-n = 8192, d = 128, float32, forward and backward, two threads of a shared AVX-512 machine, torch 2.15.0; each column the
-medians of 7 interleaved runs of a session, the last two beside other work:
+n = 8192, d = 128, float32, forward and backward, two threads, torch 2.15.0, medians of 7 interleaved runs on a quiet
+machine with AVX-512 (AMD EPYC; docs/results/loss.json, with the curve):
 
-    ours                      0.38   0.41   0.60   0.79 s   43,   35,   47,   52 MB above the inputs
-    textbook                  2.60   2.92   3.50   4.32 s   1,619 MB    6.9,  7.1,  5.8,  5.5 times as long
-    pytorch-metric-learning   4.49   4.97   6.89   8.41 s   3,033 MB   11.9, 12.1, 11.5, 10.6 times as long
+    ours                      0.25 s    44 MB above the inputs
+    textbook                  1.42 s   1,622 MB    5.7 times as long
+    pytorch-metric-learning   2.89 s   3,035 MB   11.6 times as long
 
-That is with OMP_WAIT_POLICY=PASSIVE, which this script and `training` set. With threads that spin, a quiet machine gave
-0.32 s and 7.8 and 14.2 times, but beside much other work both goals were missed: 4.4 s, 1.5 and 2.7 times.
-Values are equal to 5e-8 and gradients to 2e-11. docs/results/loss.json is the first column's session, with the curve.
+Values are equal to 5e-8 and gradients to 2e-11. With tiles of 512 instead of 1024, the same machine gave 5.0 and 8.9
+times, and another, of Intel's, 5.5 to 7.1 and 10.6 to 12.1 times in four sessions. That is with
+OMP_WAIT_POLICY=PASSIVE, which this script and `training` set: with threads that spin, both goals were missed beside
+much other work.
 
 Times are taken in one process in which the three take turns; memory and the curve in a process for each cell.
 Exits with 1 where a goal of the default sizes is missed.

@@ -117,8 +117,9 @@ def _saved_state(run: Run, recipe: Recipe, prepared: Prepared) -> dict[str, Any]
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without AMX a processor emulates bf16 and is slower with it than with fp32.
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+    # Other processors emulate bf16 and are slower with it than with fp32.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 class _Loop:

@@ -33,7 +33,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def _uneven_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 and blocks of a few rows, so that small batches cross their borders and end in a rest."""
-    monkeypatch.setattr(pairwise, "_CPU_TILE", 5)
+    monkeypatch.setattr(pairwise, "_FEW_ROWS_TILE", 5)
     monkeypatch.setattr(losses, "_CPU_BLOCK_PAIRS", 50)
 
 
@@ -270,7 +270,7 @@ def test_no_array_grows_with_the_square_of_the_batch(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, d, tile, pairs = 600, 16, 64, 4000
-    monkeypatch.setattr(pairwise, "_CPU_TILE", tile)
+    monkeypatch.setattr(pairwise, "_FEW_ROWS_TILE", tile)
     monkeypatch.setattr(losses, "_CPU_BLOCK_PAIRS", pairs)
     z = torch.randn(n, d, requires_grad=True)
     with _Sizes() as sizes:
