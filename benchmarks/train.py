@@ -184,7 +184,7 @@ def main() -> None:
     torch.manual_seed(0)
     recipe = resolve_precision(load_recipe(arguments.recipe, arguments.settings), world.device)
     prepared = prepare(arguments.data, recipe, world, group=None, strict=False)
-    pixels = torch.from_numpy(prepared.images.pixels).to(world.device)
+    (pixels,) = prepared.source.batches([torch.arange(len(prepared.images), device=world.device)])
     labels = torch.from_numpy(prepared.images.labels).to(world.device)
     loops = {
         f"reference, {workers} worker{'s'[: workers - 1]}": reference(recipe, pixels, labels, world, workers)

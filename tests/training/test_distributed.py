@@ -245,10 +245,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 def assert_equal(found: Tensor, expected: Tensor, dtype: torch.dtype, temperature: float = 0.1) -> None:
     """Equal to the dtype's tolerance, relative to the largest entry where that is above 1.
 
-    Products of other shapes are rounded otherwise. Logits, and what their exponentials weigh, then differ by the
-    rounding of a similarity divided by τ: below τ = 0.1 the tolerance grows in proportion.
+    Products of other shapes are rounded otherwise. Logits, and what their exponentials weigh, then differ by ε/τ on
+    either side, which below τ = 0.1 is more.
     """
-    tolerance = TOLERANCE[dtype] * max(1.0, 0.1 / temperature) * max(1.0, float(expected.abs().max()))
+    tolerance = TOLERANCE[dtype]
+    if temperature < 0.1:
+        tolerance = max(tolerance, 2 * torch.finfo(dtype).eps / temperature)
+    tolerance *= max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
