@@ -2,6 +2,7 @@
 
     python -m benchmarks.cifar10 pack TREE --out packed
     python -m benchmarks.cifar10 run packed --recipe cifar10-r18 [--seed 0] [--seconds 480] [--set key=value …]
+        [--probe-set key=value …]
     python -m benchmarks.cifar10 compare docs/results/cifar10-r18.json docs/results/cifar10-r18-ce.json
 
 `pack` puts the images of TREE/train and TREE/test, one folder a class, into one Parquet file each. `run` trains in
@@ -70,7 +71,8 @@ def run(packed: Path, arguments: argparse.Namespace) -> None:
     finished = Run.open(path)
     rows = finished.metrics()
     right, knn_seconds = knn_on_test(finished, packed)
-    linear = probe(finished, packed / "train.parquet", probe_settings(finished), test=packed / "test.parquet")
+    settings = probe_settings(finished, arguments.probe_settings)
+    linear = probe(finished, packed / "train.parquet", settings, test=packed / "test.parquet")
     on_gpu = torch.cuda.is_available()
     rates = [row["images_per_second"] * recipe.batch.views for row in rows[1:] or rows]  # the first compiles
     result = {
@@ -175,6 +177,7 @@ def main() -> None:
     running.add_argument("packed", type=Path)
     running.add_argument("--recipe", default="cifar10-r18")
     running.add_argument("--set", action="append", default=[], dest="settings")
+    running.add_argument("--probe-set", action="append", default=[], dest="probe_settings")
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--seconds", type=float, default=480.0)
     running.add_argument("--runs", type=Path, default=Path("runs"))

@@ -8,13 +8,14 @@ ColorJitter and grey in DataLoader workers (as many as measured best, from 1 to 
 with the channels first, as SupContrast's code and its many descendants have it. Ours is measured as the recipe says
 and with float32, and the reference with our precision and layout, so that it shows what these contribute.
 
-1,653 photographs of sign-digits at 32 pixels, photos-cpu's ResNet-14 without rotation, two cores with AMX, torch
-2.15.0, medians of 4 interleaved epochs (docs/results/train.json); a run of 5 epochs before that gave 2.7 times:
+1,653 photographs of sign-digits at 32 pixels, photos-cpu's ResNet-14 without rotation, two cores, torch 2.15.0, medians
+of 4 interleaved epochs, on an AMD EPYC with AVX512_BF16 (docs/results/train.json) and on an Intel machine with AMX:
 
-    reference, 1 and 2 workers           184, 198 views/s
-    reference, tuned: bf16, channels last     447 views/s   2.25 times
-    coterie, fp32                             316 views/s   1.59 times
-    coterie, bf16 as the recipe says          687 views/s   3.46 times, and 1.54 times the tuned reference
+                                              AMD                      Intel
+    reference, 1 and 2 workers                471, 452 views/s         184, 198 views/s
+    reference, tuned: bf16, channels last   1,012 views/s, 2.15×       447 views/s, 2.25×
+    coterie, fp32                             712 views/s, 1.51×       316 views/s, 1.59×
+    coterie, bf16 as the recipe says        1,119 views/s, 2.38×       687 views/s, 3.46×
 
 The share of time in which a GPU is busy: not yet run.
 
