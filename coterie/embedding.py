@@ -18,11 +18,12 @@ from pathlib import Path
 
 from coterie.bundle import MODEL, Bundle
 from coterie.decoding import Decoded, ImageRow, decode_rows, decoding_processes
-from coterie.encoder import BUCKETS, Encoder
+from coterie.encoder import Encoder
 from coterie.errors import CoterieError, DataError
 from coterie.images import Preprocessing
 from coterie.machine import processors
 from coterie.progress import Advance, progress_bar
+from coterie.session import BUCKETS
 from coterie.shards import Batch, Embedded, Plan, count_parts, hold, join, take_up, write_part
 from coterie.stream import open_stream
 
