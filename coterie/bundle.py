@@ -29,6 +29,7 @@ from coterie.files import atomic_directory
 from coterie.gallery import Gallery, GalleryItems, Snapshot, matrix_column
 from coterie.images import ImageSource, Preprocessing, load_pixels
 from coterie.labels import check_label
+from coterie.providers import check_device
 from coterie.store import Store
 
 __all__ = ["Bundle", "EncoderCard", "FileEntry", "Manifest", "write_bundle"]
@@ -108,24 +109,29 @@ class Bundle:
     Use `Bundle.open`. The encoder and the gallery load when they are first needed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, device: str, threads: int | None) -> None:
         self.path = path
         self.manifest = manifest
-        self._device = device
+        self._device, self._threads = device, threads
 
     @classmethod
-    def open(cls, path: Path | str, *, device: str = "auto", verify: bool = True) -> "Bundle":
+    def open(
+        cls, path: Path | str, *, device: str = "auto", threads: int | None = None, verify: bool = True
+    ) -> "Bundle":
         """Open the bundle directory `path`.
 
         Args:
-            device: where the encoder runs: auto, cpu, cuda or cuda:N.
+            device: where the encoder runs, see `coterie.encoder.Encoder`; whether it can is found when it loads.
+            threads: of the encoder on the CPU; by default as many as this process may use.
             verify: read every file and compare its checksum.
 
         Raises:
             BundleError: no bundle there, another format, or a file that is damaged, missing or too many.
+            DeviceError: `device` is none.
         """
+        check_device(device)
         path = Path(path)
-        bundle = cls(path, _read_manifest(path), device)
+        bundle = cls(path, _read_manifest(path), device, threads)
         if verify:
             bundle.verify()
         return bundle
@@ -152,7 +158,7 @@ class Bundle:
 
     @cached_property
     def encoder(self) -> Encoder:
-        encoder = Encoder(self.path / MODEL, device=self._device)
+        encoder = Encoder(self.path / MODEL, device=self._device, threads=self._threads)
         card = self.manifest.encoder
         if encoder.input_size != card.input_size or encoder.dim != card.embedding_dim:
             raise BundleError(f"{self.path / MODEL} does not have the size and width its manifest states")

@@ -42,7 +42,23 @@ Group = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="COTERIE_DEVICE",
+        help="Where the encoder runs: auto (a GPU if one answers), cpu, cuda, cuda:1, cuda:0,1 or cuda:all; tensorrt "
+        "likewise.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        envvar="COTERIE_THREADS",
+        help="Of the encoder on the CPU, by default one for each processor.",
+        min=1,
+        show_default=False,
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
 
@@ -235,6 +251,7 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Embed any number of images into a Parquet file; the same command again goes on where it was stopped.
 
@@ -242,7 +259,9 @@ def embed(
     """
     from coterie.embedding import embed_images
 
-    done = embed_images(bundle, data, out, device=device, workers=workers, overwrite=overwrite, restart=restart)
+    done = embed_images(
+        bundle, data, out, device=device, threads=threads, workers=workers, overwrite=overwrite, restart=restart
+    )
     if done.rejected:
         print(f"{done.rejected:,} images were left out: {done.rejects} has the reasons", file=sys.stderr)
     console.print(f"Embedded {done.images:,} images in {done.dim} dimensions: [bold]{done.file}[/]")
@@ -258,6 +277,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Exit with 1 if top-1 is lower.")] = None,
     device: Device = "auto",
+    threads: Threads = None,
     strict: Strict = False,
 ) -> None:
     """Measure a bundle on labelled images, through the very code that serves it.
@@ -270,7 +290,7 @@ def evaluate(
     from evaluation.evaluate import evaluate as evaluate_bundle
     from evaluation.report import write_report
 
-    opened = Bundle.open(bundle, device=device)
+    opened = Bundle.open(bundle, device=device, threads=threads)
     strangers = embed_folder(opened, unknown, strict=strict) if unknown else None
     result = evaluate_bundle(opened, embed_folder(opened, data, strict=strict), strangers, false_reject=false_reject)
     show_rejected(result.rejected)
@@ -299,6 +319,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     state: Annotated[Path | None, typer.Option(envvar="COTERIE_STATE", help="Where enrolled classes are kept.")] = None,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Serve a bundle over HTTP; the same service as `bentoml serve`.
 
@@ -306,7 +327,7 @@ def serve(
     """
     from coterie_cli.serve import serve_bundle
 
-    serve_bundle(bundle, host=host, port=port, state=state, device=device)
+    serve_bundle(bundle, host=host, port=port, state=state, device=device, threads=threads)
 
 
 @bundle_app.command("info")

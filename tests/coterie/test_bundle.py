@@ -19,7 +19,7 @@ from coterie import Bundle
 from coterie.bundle import FORMAT, EncoderCard, Manifest, write_bundle
 from coterie.classifier import Calibration
 from coterie.clusters import ClassClusters
-from coterie.errors import BundleError, CoterieError, DataError, ImageError, StoreError
+from coterie.errors import BundleError, CoterieError, DataError, DeviceError, ImageError, StoreError
 from coterie.gallery import GalleryItems, Snapshot
 from coterie.store import StoredItem
 
@@ -368,6 +368,13 @@ def test_a_model_of_another_signature_is_refused(write: WriteBundle, kind: int, 
 def test_a_file_that_is_no_model_is_refused(write: WriteBundle) -> None:
     with pytest.raises(BundleError, match=r"model\.onnx cannot be loaded by ONNX Runtime"):
         _ = write(model=b"no model").encoder
+
+
+def test_the_encoder_gets_the_device_and_threads_that_the_bundle_was_opened_with(bundle: Bundle) -> None:
+    encoder = Bundle.open(bundle.path, device="cpu", threads=3).encoder
+    assert (encoder.provider, encoder.threads) == ("CPUExecutionProvider", 3)
+    with pytest.raises(DeviceError, match="no device 'tpu'"):
+        Bundle.open(bundle.path, device="tpu")
 
 
 def test_every_kind_of_image_gives_the_same_embedding(bundle: Bundle, tmp_path: Path) -> None:
