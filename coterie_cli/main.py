@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
 
@@ -340,35 +341,37 @@ def bundle_info(bundle: BundlePath) -> None:
 
     manifest = Bundle.open(bundle).manifest
     card = manifest.encoder
-    table = Table(title=manifest.name, show_header=False)
-    table.add_row("id", manifest.id)
-    table.add_row("architecture", str(manifest.provenance.get("architecture", "unknown")))
-    table.add_row("input", f"{card.input_size[0]} × {card.input_size[1]}, {card.resize}, {card.interpolation}")
-    table.add_row("embedding", f"{card.embedding_dim} dimensions, {card.precision}")
-    table.add_row("gallery", f"{manifest.gallery_size:,} images in {len(manifest.classes)} classes")
-    table.add_row("classes", ", ".join(manifest.classes[:20]) + (" …" if len(manifest.classes) > 20 else ""))
-    for measure, value in manifest.accuracy.items():
-        table.add_row(measure, f"{value:g}")
-    for name, entry in manifest.files.items():
-        table.add_row(name, f"{entry.size:,} bytes")
+    rows = {
+        "id": manifest.id,
+        "architecture": str(manifest.provenance.get("architecture", "unknown")),
+        "input": f"{card.input_size[0]} × {card.input_size[1]}, {card.resize}, {card.interpolation}",
+        "embedding": f"{card.embedding_dim} dimensions, {card.precision}",
+        "gallery": f"{manifest.gallery_size:,} images in {len(manifest.classes)} classes",
+        "classes": ", ".join(manifest.classes[:20]) + (" …" if len(manifest.classes) > 20 else ""),
+        **{measure: f"{value:g}" for measure, value in manifest.accuracy.items()},
+        **{name: f"{entry.size:,} bytes" for name, entry in manifest.files.items()},
+    }
+    table = Table(title=Text(manifest.name), show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))  # no markup: a class may be called [red]
     console.print(table)
 
 
 @bundle_app.command("verify")
 def bundle_verify(bundle: BundlePath) -> None:
-    """Compare every file of a bundle with its checksum; exits with 1 if one differs.
+    """Compare every file of a bundle with its checksum and with the others; exits with 1 if one does not fit.
 
     Example: coterie bundle verify bundles/photos
     """
     from coterie.bundle import Bundle
     from coterie.errors import BundleError
 
-    opened = Bundle.open(bundle, verify=False)
     try:
-        opened.verify()
+        opened = Bundle.open(bundle)
+        opened.verify_parts()
     except BundleError as error:
         raise GateFailed(str(error)) from error
-    console.print(f"{bundle} is whole: {opened.manifest.id}")
+    console.print(f"{bundle} is whole: {opened.manifest.id}", markup=False)
 
 
 @bundle_app.command("push")
