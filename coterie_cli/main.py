@@ -55,7 +55,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         envvar="COTERIE_THREADS",
-        help="Of the encoder on the CPU, by default one for each processor.",
+        help="CPU threads of the encoder, by default one for each processor.",
         min=1,
         show_default=False,
     ),
