@@ -29,6 +29,8 @@ from coterie.files import atomic_directory
 from coterie.gallery import Gallery, GalleryItems, Snapshot, matrix_column
 from coterie.images import ImageSource, Preprocessing, load_pixels
 from coterie.labels import check_label
+from coterie.providers import check_device
+from coterie.session import model_shapes
 from coterie.store import Store
 
 __all__ = ["Bundle", "EncoderCard", "FileEntry", "Manifest", "write_bundle"]
@@ -108,24 +110,29 @@ class Bundle:
     Use `Bundle.open`. The encoder and the gallery load when they are first needed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, device: str, threads: int | None) -> None:
         self.path = path
         self.manifest = manifest
-        self._device = device
+        self._device, self._threads = device, threads
 
     @classmethod
-    def open(cls, path: Path | str, *, device: str = "auto", verify: bool = True) -> "Bundle":
+    def open(
+        cls, path: Path | str, *, device: str = "auto", threads: int | None = None, verify: bool = True
+    ) -> "Bundle":
         """Open the bundle directory `path`.
 
         Args:
-            device: where the encoder runs: auto, cpu, cuda or cuda:N.
+            device: where the encoder runs, see `coterie.encoder.Encoder`; whether it can is found when it loads.
+            threads: of the encoder on the CPU; by default as many as this process may use.
             verify: read every file and compare its checksum.
 
         Raises:
             BundleError: no bundle there, another format, or a file that is damaged, missing or too many.
+            DeviceError: `device` is none.
         """
+        check_device(device)
         path = Path(path)
-        bundle = cls(path, _read_manifest(path), device)
+        bundle = cls(path, _read_manifest(path), device, threads)
         if verify:
             bundle.verify()
         return bundle
@@ -144,19 +151,27 @@ class Bundle:
         for name in sorted(present - set(manifest.files)):
             raise BundleError(f"{self.path / name} does not belong to the bundle: remove it")
         for name, entry in manifest.files.items():
-            file = self.path / name
-            if not file.is_file() or file.is_symlink():
-                raise BundleError(f"{file} is missing from the bundle: copy it again, or export again")
-            if file.stat().st_size != entry.size or _sha256(file) != entry.sha256:
-                raise BundleError(f"{file} is damaged: it does not match its checksum; copy it again, or export again")
+            _check_file(self.path / name, entry)
+
+    def verify_parts(self) -> None:
+        """Compare the manifest with what the model, the gallery and the clusters really hold; reads them.
+
+        Raises:
+            BundleError: names the first file that does not fit.
+        """
+        self._check_model(*model_shapes(self.path / MODEL))
+        self.base  # noqa: B018  a cached property that checks
 
     @cached_property
     def encoder(self) -> Encoder:
-        encoder = Encoder(self.path / MODEL, device=self._device)
-        card = self.manifest.encoder
-        if encoder.input_size != card.input_size or encoder.dim != card.embedding_dim:
-            raise BundleError(f"{self.path / MODEL} does not have the size and width its manifest states")
+        encoder = Encoder(self.path / MODEL, device=self._device, threads=self._threads)
+        self._check_model(encoder.input_size, encoder.dim)
         return encoder
+
+    def _check_model(self, input_size: tuple[int, int], dim: int) -> None:
+        card = self.manifest.encoder
+        if (input_size, dim) != (card.input_size, card.embedding_dim):
+            raise BundleError(f"{self.path / MODEL} does not have the size and width its manifest states")
 
     @cached_property
     def base(self) -> Snapshot:
@@ -165,8 +180,10 @@ class Bundle:
         clusters = _read_clusters(self.path / CLUSTERS)
         if items.embeddings.shape[1] != self.manifest.encoder.embedding_dim or len(items) != self.manifest.gallery_size:
             raise BundleError(f"{self.path / GALLERY} does not have the size and width its manifest states")
+        if clusters.prototypes.shape[1] != self.manifest.encoder.embedding_dim:
+            raise BundleError(f"{self.path / CLUSTERS} does not have the width its manifest states")
         if not tuple(sorted(set(items.labels.tolist()))) == clusters.labels == self.manifest.classes:
-            raise BundleError(f"{self.path} names different classes in its manifest, gallery and clusters")
+            raise BundleError(f"{self.path} has different classes in its {MANIFEST}, {GALLERY} and {CLUSTERS}")
         return Snapshot(items, clusters)
 
     def gallery(self, state: Path | None = None) -> Gallery:
@@ -239,7 +256,7 @@ def write_bundle(
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():
         raise BundleError(f"{path} is not a bundle, it has no {MANIFEST}: make one with `coterie export`")
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -250,8 +267,21 @@ def _read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         raise BundleError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     if set(manifest.files) != FILES:
-        raise BundleError(f"{file} lists other files than a bundle's {', '.join(sorted(FILES))}")
+        odd = ", ".join(repr(name) for name in sorted(FILES ^ set(manifest.files))[:3])
+        raise BundleError(f"{file} lists other files than a bundle's {', '.join(sorted(FILES))}: {odd}")
     return manifest
+
+
+def _check_file(file: Path, entry: FileEntry) -> None:
+    remedy = "copy it again, or export again"
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"{file} is missing from the bundle, or a link or folder in its place: {remedy}")
+    try:
+        whole = file.stat().st_size == entry.size and _sha256(file) == entry.sha256
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read ({error.strerror}): {remedy}") from error
+    if not whole:
+        raise BundleError(f"{file} is damaged: it does not match its checksum; {remedy}")
 
 
 def _sha256(path: Path) -> str:
@@ -283,5 +313,5 @@ def _read_clusters(path: Path) -> ClassClusters:
             counts=table["count"].to_numpy(),
             bounds=table["bound"].to_numpy(),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} holds no class clusters: {error}") from error

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from coterie.bundle import MODEL, Bundle
 from coterie.decoding import Decoded, ImageRow, decode_rows, decoding_processes
-from coterie.encoder import BUCKETS, Encoder
+from coterie.encoder import Encoder
 from coterie.errors import CoterieError, DataError
 from coterie.images import Preprocessing
 from coterie.machine import processors
 from coterie.progress import Advance, progress_bar
+from coterie.providers import CPU
+from coterie.session import BUCKETS
 from coterie.shards import Batch, Embedded, Plan, count_parts, hold, join, take_up, write_part
 from coterie.stream import open_stream
 
@@ -39,6 +41,7 @@ def embed_images(
     out: Path,
     *,
     device: str = "auto",
+    threads: int | None = None,
     workers: int | None = None,
     shard: int = SHARD,
     overwrite: bool = False,
@@ -50,7 +53,8 @@ def embed_images(
     of unit length. Rows are in the order of `data`; images with the same bytes stay.
 
     Args:
-        device: where the encoder runs: auto, cpu, cuda or cuda:N.
+        device: where the encoder runs, see `coterie.encoder.Encoder`.
+        threads: that embed on the CPU; by default as many as this process may use.
         workers: processes that decode, by default one for each processor; 0 decodes in this process. A script that
             calls this with any needs the guard `if __name__ == "__main__":`.
         shard: images that are written, and after a kill done again, at a time.
@@ -80,7 +84,8 @@ def embed_images(
         done = count_parts(folder)
         start = min(done * shard, len(stream))
         preprocessing = opened.manifest.encoder.preprocessing
-        batches = _embedded(stream.rows(start), stream.root, preprocessing, encoder, shard, workers)
+        streams = (threads or processors()) if encoder.provider == CPU.provider else encoder.concurrency
+        batches = _embedded(stream.rows(start), stream.root, preprocessing, encoder, shard, streams, workers)
         with closing(batches), progress_bar("Embedding", len(stream) - start) as advance:
             for number, part in enumerate(_shards(_shown(batches, advance), shard), done):
                 write_part(folder, number, part, encoder.dim)
@@ -97,14 +102,15 @@ def _embedded(
     preprocessing: Preprocessing,
     encoder: Encoder,
     shard: int,
+    streams: int,
     workers: int | None,
 ) -> Generator[Batch, None, None]:
     """Batches in order, none of them across the border of two shards; while some are embedded, others are decoded."""
-    on_cpu = encoder.provider == "CPUExecutionProvider"
-    streams = processors() if on_cpu else 1
     workers = processors() if workers is None else workers
     height, width = encoder.input_size
-    size = min(BUCKETS[-1], max(1, BATCH_PIXELS // (height * width))) if on_cpu else BUCKETS[-1]
+    size = BUCKETS[-1]
+    if encoder.provider == CPU.provider:
+        size = min(size, max(1, BATCH_PIXELS // (height * width)))
     decode = partial(decode_rows, root, preprocessing)
     processes = decoding_processes(workers) if workers else None
     threads = ThreadPoolExecutor(streams)

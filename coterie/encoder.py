@@ -1,63 +1,60 @@
-"""Pixels to embeddings: one ONNX Runtime session with its providers, threads and batch buckets.
+"""Pixels to embeddings: a session on each device, batches to the one that is free, and a check of what comes out.
 
-This class owns every choice about the session and logs it. It knows nothing of labels or galleries.
+This class owns every choice about the sessions and logs it; coterie/session.py runs one of them, coterie/providers.py
+knows what a device is and needs. Knows nothing of labels or galleries.
 """
 
-import ctypes
 import logging
-import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coterie.errors import BundleError, DeviceError
 from coterie.machine import processors
+from coterie.providers import CPU, Placement, has_driver, place
+from coterie.session import BUCKETS, Session, model_shapes
 
-__all__ = ["BUCKETS", "Encoder", "processors"]
+__all__ = ["Encoder"]
 
 logger = logging.getLogger("coterie.encoder")
 
-# On GPUs, where every new shape costs a search for convolution algorithms, batches are padded up to these sizes.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-
 
 class Encoder:
-    """Runs an exported encoder: uint8 images in, unit-length float32 embeddings out.
+    """Runs an exported encoder: uint8 images in, unit-length float32 embeddings out. Safe to use from many threads.
 
     Args:
         model: `model.onnx` with input `images` uint8 (n, h, w, 3) and output `embedding` float32 (n, d).
-        device: `auto` takes a GPU if one answers, else the CPU; `cpu`; `cuda` or `cuda:N`.
+        device: `auto` takes a GPU if one answers, else the CPU; `cpu`; `cuda`, `cuda:1`; `cuda:0,1` or `cuda:all` for
+            one session on each of several GPUs; `tensorrt` likewise.
         threads: of the CPU session; by default as many as this process may use.
 
+    Attributes:
+        provider: of ONNX Runtime, the one that really runs the model.
+        input_size: height and width of the images.
+        dim: of the embeddings.
+        concurrency: how many batches are worth running at once.
+
     Raises:
-        DeviceError: the device was asked for by name and cannot be had.
+        DeviceError: the device was asked for by name and cannot be had, or has no room for the model.
         BundleError: the file is not such a model.
     """
 
     def __init__(self, model: Path, *, device: str = "auto", threads: int | None = None) -> None:
         self.threads = threads or processors()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Decoding shares the cores; threads that spin between batches would take them away.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = _providers(device)
-        try:
-            self._session = ort.InferenceSession(model, options, providers=providers)
-        except Exception as error:  # ONNX Runtime raises a dozen types of its own, all derived from Exception
-            raise BundleError(f"{model} cannot be loaded by ONNX Runtime: {error}") from error
-        # By default a failing GPU session moves itself to the CPU for good and says so only on stdout.
-        self._session.disable_fallback()
-        self.provider: str = self._session.get_providers()[0]
-        self._any_batch = self.provider == "CPUExecutionProvider"
-        if device.startswith("cuda") and self.provider != "CUDAExecutionProvider":
-            raise DeviceError(_no_cuda(device))
-        self.input_size, self.dim = _shapes(self._session, model)
-        logger.info("encoder on %s, %d threads, dim %d", self.provider, self.threads, self.dim)
+        self._sessions = _open(model, device, self.threads)
+        self._choosing = threading.Lock()
+        first = self._sessions[0]
+        self.provider = first.placement.provider
+        self.input_size, self.dim = first.input_size, first.dim
+        # A GPU computes one batch while the next is copied to it; CPU threads would only take turns.
+        self.concurrency = 1 if first.placement == CPU else 2 * len(self._sessions)
+        where = ", ".join(str(session.placement) for session in self._sessions)
+        logger.info("encoder on %s, %d threads, dim %d", where, self.threads, self.dim)
 
     def embed(self, pixels: NDArray[np.uint8], progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
         """Embed images of the encoder's size.
@@ -71,7 +68,8 @@ class Encoder:
 
         Raises:
             ValueError: wrong shape or dtype.
-            BundleError: the model gave NaN or a row that is not of unit length.
+            BundleError: the model gave NaN or a row that is not of unit length; the message has the image's index.
+            DeviceError: the device failed, or has no room for a batch.
         """
         expected = (*self.input_size, 3)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
@@ -79,72 +77,67 @@ class Encoder:
                 f"pixels must be uint8 (n, {', '.join(map(str, expected))}), not {pixels.dtype} {pixels.shape}"
             )
         embeddings = np.empty((len(pixels), self.dim), dtype=np.float32)
-        for start in range(0, len(pixels), BUCKETS[-1]):
+
+        def run(start: int) -> int:
             part = pixels[start : start + BUCKETS[-1]]
-            embeddings[start : start + len(part)] = self._run(part)
+            with self._free_session() as session:
+                embeddings[start : start + len(part)] = session.run(part)
+            return len(part)
+
+        starts = range(0, len(pixels), BUCKETS[-1])
+        for count in _in_order(run, starts, min(self.concurrency, len(starts))):
             if progress:
-                progress(len(part))
+                progress(count)
         _check(embeddings)
         return embeddings
 
     def warm_up(self, max_batch: int = BUCKETS[-1]) -> None:
-        """Run every bucket up to `max_batch` once, so that no request pays for a first time."""
-        for bucket in BUCKETS:
-            if bucket <= max_batch:
-                self.embed(np.zeros((bucket, *self.input_size, 3), dtype=np.uint8))
+        """Run every bucket up to `max_batch` once on every device, so that no request pays for a first time.
 
-    def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        count = len(pixels)
-        bucket = count if self._any_batch else next(size for size in BUCKETS if size >= count)
-        if bucket != count:
-            padded = np.zeros((bucket, *pixels.shape[1:]), dtype=np.uint8)
-            padded[:count] = pixels
-            pixels = padded
-        (embeddings,) = self._session.run(["embedding"], {"images": np.ascontiguousarray(pixels)})
-        return np.asarray(embeddings, dtype=np.float32)[:count]
+        Raises:
+            as `embed` does.
+        """
+        for session in self._sessions:
+            for bucket in BUCKETS:
+                if bucket <= max_batch:
+                    _check(session.run(np.zeros((bucket, *self.input_size, 3), dtype=np.uint8)))
 
-
-def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
-    name, _, number = device.partition(":")
-    if device == "cpu" or (device == "auto" and not _has_cuda_driver()):
-        return ["CPUExecutionProvider"]
-    if device == "auto" or (name == "cuda" and (not number or number.isdigit())):
-        if "CUDAExecutionProvider" not in ort.get_available_providers():
-            if device == "auto":
-                return ["CPUExecutionProvider"]
-            raise DeviceError(_no_cuda(device))
-        ort.preload_dlls(directory="")
-        settings = {"device_id": number or "0", "cudnn_conv_algo_search": "HEURISTIC"}
-        return [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
-    raise DeviceError(f"no device {device!r}: use auto, cpu, cuda or cuda:N")
+    @contextmanager
+    def _free_session(self) -> Iterator[Session]:
+        """The session with the least to do."""
+        with self._choosing:
+            session = min(self._sessions, key=lambda session: session.under_way)
+            session.under_way += 1
+        try:
+            yield session
+        finally:
+            with self._choosing:
+                session.under_way -= 1
 
 
-def _has_cuda_driver() -> bool:
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
+def _in_order(run: Callable[[int], int], starts: Iterable[int], threads: int) -> Iterator[int]:
+    if threads < 2:
+        yield from map(run, starts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(run, starts)
 
 
-def _no_cuda(device: str) -> str:
-    return (
-        f"{device} cannot be had here: check the driver with nvidia-smi and install CUDA's libraries with coterie[cuda]"
-    )
+def _open(model: Path, device: str, threads: int) -> list[Session]:
+    if device != "auto":
+        return _open_all(model, place(device), threads)
+    if has_driver():
+        try:
+            return _open_all(model, place("cuda"), threads)
+        except DeviceError as error:
+            logger.warning("device auto takes the CPU: %s", error)
+    return _open_all(model, (CPU,), threads)
 
 
-def _shapes(session: ort.InferenceSession, model: Path) -> tuple[tuple[int, int], int]:
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = {value.name: value for value in session.get_outputs()}
-    if set(inputs) != {"images"} or "embedding" not in outputs:
-        raise BundleError(f"{model} has inputs {sorted(inputs)} and outputs {sorted(outputs)}, not images → embedding")
-    images, embedding = inputs["images"], outputs["embedding"]
-    match images.type, images.shape, embedding.shape:
-        case "tensor(uint8)", [_, int(height), int(width), 3], [_, int(dim)]:
-            return (height, width), dim
-    raise BundleError(
-        f"{model} maps {images.type} {images.shape} to {embedding.shape}, not uint8 (n, height, width, 3) to (n, d)"
-    )
+def _open_all(model: Path, placements: tuple[Placement, ...], threads: int) -> list[Session]:
+    # A model that the CPU can read is whole: what then goes wrong on a GPU is the GPU's.
+    size = (0, 0) if CPU in placements else model_shapes(model)[0]
+    return [Session(model, placement, size, threads) for placement in placements]
 
 
 def _check(embeddings: NDArray[np.float32]) -> None:

@@ -40,7 +40,7 @@ class BundleError(CoterieError):
 
 
 class DeviceError(CoterieError):
-    """A device was asked for that is not here."""
+    """A device was asked for that is not here, or that fails or has too little memory."""
 
 
 class StoreError(CoterieError):

@@ -72,7 +72,7 @@ def run_demo(folder: Path, *, serve: bool, json_file: Path | None, port: int) ->
         write_text(json_file, json.dumps(_numbers(before, after, seconds, bundle), indent=1) + "\n")
     if serve:
         _show_curls(folder, port)
-        serve_bundle(bundle.path, host=HOST, port=port, state=folder / "state", device="auto")
+        serve_bundle(bundle.path, host=HOST, port=port, state=folder / "state")
 
 
 def write_digits(root: Path) -> None:

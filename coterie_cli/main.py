@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
 
@@ -42,7 +43,23 @@ Group = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="COTERIE_DEVICE",
+        help="Where the encoder runs: auto (a GPU if one answers), cpu, cuda, cuda:1, cuda:0,1 or cuda:all; tensorrt "
+        "likewise.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        envvar="COTERIE_THREADS",
+        help="CPU threads of the encoder, by default one for each processor.",
+        min=1,
+        show_default=False,
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
 
@@ -235,6 +252,7 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Embed any number of images into a Parquet file; the same command again goes on where it was stopped.
 
@@ -242,7 +260,9 @@ def embed(
     """
     from coterie.embedding import embed_images
 
-    done = embed_images(bundle, data, out, device=device, workers=workers, overwrite=overwrite, restart=restart)
+    done = embed_images(
+        bundle, data, out, device=device, threads=threads, workers=workers, overwrite=overwrite, restart=restart
+    )
     if done.rejected:
         print(f"{done.rejected:,} images were left out: {done.rejects} has the reasons", file=sys.stderr)
     console.print(f"Embedded {done.images:,} images in {done.dim} dimensions: [bold]{done.file}[/]")
@@ -258,6 +278,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Exit with 1 if top-1 is lower.")] = None,
     device: Device = "auto",
+    threads: Threads = None,
     strict: Strict = False,
 ) -> None:
     """Measure a bundle on labelled images, through the very code that serves it.
@@ -270,7 +291,7 @@ def evaluate(
     from evaluation.evaluate import evaluate as evaluate_bundle
     from evaluation.report import write_report
 
-    opened = Bundle.open(bundle, device=device)
+    opened = Bundle.open(bundle, device=device, threads=threads)
     strangers = embed_folder(opened, unknown, strict=strict) if unknown else None
     result = evaluate_bundle(opened, embed_folder(opened, data, strict=strict), strangers, false_reject=false_reject)
     show_rejected(result.rejected)
@@ -299,6 +320,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     state: Annotated[Path | None, typer.Option(envvar="COTERIE_STATE", help="Where enrolled classes are kept.")] = None,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Serve a bundle over HTTP; the same service as `bentoml serve`.
 
@@ -306,7 +328,7 @@ def serve(
     """
     from coterie_cli.serve import serve_bundle
 
-    serve_bundle(bundle, host=host, port=port, state=state, device=device)
+    serve_bundle(bundle, host=host, port=port, state=state, device=device, threads=threads)
 
 
 @bundle_app.command("info")
@@ -319,35 +341,37 @@ def bundle_info(bundle: BundlePath) -> None:
 
     manifest = Bundle.open(bundle).manifest
     card = manifest.encoder
-    table = Table(title=manifest.name, show_header=False)
-    table.add_row("id", manifest.id)
-    table.add_row("architecture", str(manifest.provenance.get("architecture", "unknown")))
-    table.add_row("input", f"{card.input_size[0]} × {card.input_size[1]}, {card.resize}, {card.interpolation}")
-    table.add_row("embedding", f"{card.embedding_dim} dimensions, {card.precision}")
-    table.add_row("gallery", f"{manifest.gallery_size:,} images in {len(manifest.classes)} classes")
-    table.add_row("classes", ", ".join(manifest.classes[:20]) + (" …" if len(manifest.classes) > 20 else ""))
-    for measure, value in manifest.accuracy.items():
-        table.add_row(measure, f"{value:g}")
-    for name, entry in manifest.files.items():
-        table.add_row(name, f"{entry.size:,} bytes")
+    rows = {
+        "id": manifest.id,
+        "architecture": str(manifest.provenance.get("architecture", "unknown")),
+        "input": f"{card.input_size[0]} × {card.input_size[1]}, {card.resize}, {card.interpolation}",
+        "embedding": f"{card.embedding_dim} dimensions, {card.precision}",
+        "gallery": f"{manifest.gallery_size:,} images in {len(manifest.classes)} classes",
+        "classes": ", ".join(manifest.classes[:20]) + (" …" if len(manifest.classes) > 20 else ""),
+        **{measure: f"{value:g}" for measure, value in manifest.accuracy.items()},
+        **{name: f"{entry.size:,} bytes" for name, entry in manifest.files.items()},
+    }
+    table = Table(title=Text(manifest.name), show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))  # no markup: a class may be called [red]
     console.print(table)
 
 
 @bundle_app.command("verify")
 def bundle_verify(bundle: BundlePath) -> None:
-    """Compare every file of a bundle with its checksum; exits with 1 if one differs.
+    """Compare every file of a bundle with its checksum and with the others; exits with 1 if one does not fit.
 
     Example: coterie bundle verify bundles/photos
     """
     from coterie.bundle import Bundle
     from coterie.errors import BundleError
 
-    opened = Bundle.open(bundle, verify=False)
     try:
-        opened.verify()
+        opened = Bundle.open(bundle)
+        opened.verify_parts()
     except BundleError as error:
         raise GateFailed(str(error)) from error
-    console.print(f"{bundle} is whole: {opened.manifest.id}")
+    console.print(f"{bundle} is whole: {opened.manifest.id}", markup=False)
 
 
 @bundle_app.command("push")

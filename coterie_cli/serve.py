@@ -24,17 +24,21 @@ def check_port(host: str, port: int) -> None:
         raise CoterieError(f"{host}:{port} cannot be listened on ({error.strerror}): choose another --port") from error
 
 
-def serve_bundle(bundle: Path, *, host: str, port: int, state: Path | None, device: str) -> None:
+def serve_bundle(
+    bundle: Path, *, host: str, port: int, state: Path | None, device: str = "auto", threads: int | None = None
+) -> None:
     """Check what can be checked, then become the server process; does not return.
 
     Raises:
-        BundleError: the bundle is damaged or none; CoterieError: the address is taken.
+        BundleError: the bundle is damaged or none; DeviceError: `device` is none; CoterieError: the address is taken.
     """
-    Bundle.open(bundle)
+    Bundle.open(bundle, device=device)
     check_port(host, port)
     environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
     if state is not None:
         environment["COTERIE_STATE"] = str(state.resolve())
+    if threads is not None:
+        environment["COTERIE_THREADS"] = str(threads)
     sys.stdout.flush()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
     os.execve(sys.executable, command, environment)

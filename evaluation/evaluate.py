@@ -113,14 +113,16 @@ def embed_folder(bundle: Bundle, data: Path, *, strict: bool = False) -> Queries
 
     Raises:
         DataError: they cannot be used.
+        DeviceError: the encoder cannot run where it shall.
     """
+    encoder = bundle.encoder  # that it cannot run here is said before anything is decoded
     found = read_images(data)
     with progress_bar(f"reading {data.name}", len(found)) as advance:
         images = read_pixels(
             found, bundle.manifest.encoder.preprocessing, thumbnails=True, strict=strict, progress=advance
         )
     with progress_bar(f"embedding {data.name}", len(images)) as advance:
-        return Queries(images, bundle.encoder.embed(images.pixels, progress=advance))
+        return Queries(images, encoder.embed(images.pixels, progress=advance))
 
 
 def evaluate(

@@ -100,8 +100,7 @@ class Engine:
             max_batch=MAX_BATCH,
             capacity=capacity,
             threads=processors(),
-            # A GPU computes one batch while the next is copied to it; CPU threads would only take turns.
-            runners=1 if self._encoder.provider == "CPUExecutionProvider" else 2,
+            runners=self._encoder.concurrency,
         )
         self._probe: asyncio.Task[bool] | None = None
         self._answered = self._fresh = time.monotonic()

@@ -47,7 +47,7 @@ class Coterie:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
         settings = Settings.from_environment()
-        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device)
+        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
         self.engine = Engine(bundle, state=settings.state)
         app.state.engine = self.engine
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
@@ -85,7 +85,7 @@ def _try_device(device: str, bundle: Bundle) -> None:
     Raises:
         CoterieError: it cannot run there.
     """
-    if not device.startswith("cuda"):
+    if device in ("auto", "cpu"):
         bundle.encoder  # noqa: B018  a cached property that loads
         return
     # In a process of its own, for this one would hold GPU memory as long as the service runs.

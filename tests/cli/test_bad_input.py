@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coterie.providers import has_driver
 from coterie_cli.main import main
 
 
@@ -121,7 +122,7 @@ def test_a_bundle_with_a_flipped_byte(coterie, name, tiny_bundle, digit_tree, tm
     assert code == 2
     assert name in one_line(err)
     code, _, err = coterie("bundle", "verify", bundle)
-    assert code in (1, 2)  # 2 where the manifest can no longer be read at all
+    assert code == 1
     assert name in one_line(err)
 
 
@@ -168,10 +169,21 @@ def test_a_file_that_cannot_be_written(coterie, tiny_bundle, digit_tree, tmp_pat
     assert str(tmp_path / "file") in one_line(err)
 
 
-def test_an_unknown_device(coterie, tiny_bundle, digit_tree):
-    code, _, err = coterie("evaluate", tiny_bundle.path, digit_tree, "--device", "tpu")
+@pytest.mark.parametrize("command", ["evaluate", "embed", "serve"])
+def test_an_unknown_device(coterie, command, tiny_bundle, digit_tree, tmp_path):
+    more = {"evaluate": [digit_tree], "embed": [digit_tree, "--out", tmp_path / "out.parquet"], "serve": []}
+    code, _, err = coterie(command, tiny_bundle.path, *more[command], "--device", "tpu")
     assert code == 2
     assert "use auto, cpu" in one_line(err)
+
+
+@pytest.mark.skipif(has_driver(), reason="there is a driver here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:all", "tensorrt:1"])
+def test_a_gpu_where_there_is_none(coterie, device, tiny_bundle, digit_tree):
+    (digit_tree / "0" / "damaged.png").write_bytes(b"not decoded before the device is tried")
+    code, _, err = coterie("evaluate", tiny_bundle.path, digit_tree, "--device", device, "--strict")
+    assert code == 2
+    assert f"{device} cannot be had here: NVIDIA's driver is missing" in one_line(err)
 
 
 def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(coterie, tmp_path):
@@ -199,10 +211,12 @@ def test_serving_hands_over_with_the_settings(coterie, tiny_bundle, tmp_path, mo
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", instead_of_exec)
-    code, _, _ = coterie("serve", tiny_bundle.path, "--port", "39211", "--state", tmp_path / "state", "--device", "cpu")
+    settings = ["--state", tmp_path / "state", "--device", "cpu", "--threads", 3]
+    code, _, _ = coterie("serve", tiny_bundle.path, "--port", "39211", *settings)
     assert code == 0
     command, environment = handed[0]
     assert command[2:4] == ["bentoml", "serve"]
     assert environment["COTERIE_BUNDLE"] == str(Path(tiny_bundle.path).resolve())
     assert environment["COTERIE_STATE"] == str((tmp_path / "state").resolve())
     assert environment["COTERIE_DEVICE"] == "cpu"
+    assert environment["COTERIE_THREADS"] == "3"

@@ -1,5 +1,6 @@
 """The bundle: what is in it is what was written, and nothing else is believed."""
 
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from coterie import Bundle
 from coterie.bundle import FORMAT, EncoderCard, Manifest, write_bundle
 from coterie.classifier import Calibration
 from coterie.clusters import ClassClusters
-from coterie.errors import BundleError, CoterieError, DataError, ImageError, StoreError
+from coterie.errors import BundleError, CoterieError, DataError, DeviceError, ImageError, StoreError
 from coterie.gallery import GalleryItems, Snapshot
 from coterie.store import StoredItem
 
@@ -255,6 +256,15 @@ def test_a_link_instead_of_a_file_is_refused_even_if_its_content_is_right(bundle
         Bundle.open(bundle.path)
 
 
+def test_a_file_that_cannot_be_read_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("coterie.bundle._sha256", broken)
+    with pytest.raises(BundleError, match=r"README\.md cannot be read \(Input/output error\)"):
+        Bundle.open(bundle.path)
+
+
 def test_damage_shows_without_verification_only_where_it_is_read(bundle: Bundle) -> None:
     (bundle.path / "gallery.parquet").write_bytes(b"no table")
     opened = Bundle.open(bundle.path, verify=False)
@@ -290,6 +300,7 @@ def test_another_format_says_which_and_what_to_do(bundle: Bundle, found: Any) ->
         {"classes": 5},
         {"files": {}},
         {"files": {"../outside": {"sha256": "0" * 64, "size": 0}}},
+        {"files": {"/etc/passwd": {"sha256": "0" * 64, "size": 0}}},
         {"name": "../../outside"},
         {"name": ".."},
         {"name": ""},
@@ -340,6 +351,41 @@ def test_parts_that_do_not_fit_together_are_refused(write: WriteBundle, changes:
     written = write(**changes)
     with pytest.raises(BundleError, match=message):
         _ = written.base
+    with pytest.raises(BundleError, match=message):
+        written.verify_parts()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydantic")
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "folder/model.onnx"])
+def test_a_manifest_that_lists_a_file_elsewhere_names_it(bundle: Bundle, name: str) -> None:
+    entries = {entry: value.model_dump() for entry, value in bundle.manifest.files.items()}
+    rewrite(bundle, files={**entries, name: {"sha256": "0" * 64, "size": 0}})
+    with pytest.raises(BundleError, match=rf"manifest\.json lists other files than a bundle's .*: '{name}'$"):
+        Bundle.open(bundle.path)
+
+
+def test_parts_that_fit_are_verified_without_a_session_for_running(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.bundle.Encoder", lambda *_, **__: pytest.fail("a session was made"))
+    Bundle.open(bundle.path).verify_parts()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydantic")
+def test_a_model_of_another_width_than_a_signed_manifest_states_is_named(bundle: Bundle) -> None:
+    card = bundle.manifest.encoder.model_copy(update={"embedding_dim": DIM + 1})
+    rewrite(bundle, encoder=card.model_dump(mode="json"))
+    opened = Bundle.open(bundle.path)  # every checksum is right
+    with pytest.raises(BundleError, match=r"model\.onnx does not have the size and width its manifest states"):
+        opened.verify_parts()
+
+
+def test_clusters_of_another_width_than_stated_are_named(write: WriteBundle, snapshot: Snapshot) -> None:
+    clusters = snapshot.clusters
+    narrow = np.eye(len(clusters.labels), 3, dtype=np.float32)
+    written = write(snapshot=Snapshot(snapshot.items, dataclasses.replace(clusters, prototypes=narrow)))
+    with pytest.raises(BundleError, match=r"clusters\.parquet does not have the width its manifest states"):
+        written.verify_parts()
 
 
 # The encoder in it
@@ -368,6 +414,13 @@ def test_a_model_of_another_signature_is_refused(write: WriteBundle, kind: int, 
 def test_a_file_that_is_no_model_is_refused(write: WriteBundle) -> None:
     with pytest.raises(BundleError, match=r"model\.onnx cannot be loaded by ONNX Runtime"):
         _ = write(model=b"no model").encoder
+
+
+def test_the_encoder_gets_the_device_and_threads_that_the_bundle_was_opened_with(bundle: Bundle) -> None:
+    encoder = Bundle.open(bundle.path, device="cpu", threads=3).encoder
+    assert (encoder.provider, encoder.threads) == ("CPUExecutionProvider", 3)
+    with pytest.raises(DeviceError, match="no device 'tpu'"):
+        Bundle.open(bundle.path, device="tpu")
 
 
 def test_every_kind_of_image_gives_the_same_embedding(bundle: Bundle, tmp_path: Path) -> None:

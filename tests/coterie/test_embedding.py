@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,20 @@ def test_decoding_processes_give_the_same_file(tiny_bundle, tree, out):
     embed(tiny_bundle, tree, out)
     embed(tiny_bundle, tree, out.with_name("processes.parquet"), workers=2)
     assert out.read_bytes() == out.with_name("processes.parquet").read_bytes()
+
+
+def test_as_many_batches_are_embedded_at_once_as_threads_are_asked_for(tiny_bundle, tree, out, monkeypatch):
+    embed(tiny_bundle, tree, out)
+    meeting, numbers, embed_batch = threading.Barrier(3), count(), Encoder.embed
+
+    def meet(encoder, pixels):
+        if next(numbers) < 3:
+            meeting.wait(20)  # for the two others, which would never come on fewer threads
+        return embed_batch(encoder, pixels)
+
+    monkeypatch.setattr(Encoder, "embed", meet)
+    embed(tiny_bundle, tree, out.with_name("threads.parquet"), threads=3)
+    assert out.read_bytes() == out.with_name("threads.parquet").read_bytes()
 
 
 def test_unreadable_images_are_listed_with_their_reason_and_the_others_stay(tiny_bundle, tree, out):

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from coterie.errors import DeviceError
+from coterie.errors import CoterieError, DeviceError
 from serving.settings import Settings
 
 
 def test_defaults_and_empty_variables_are_the_same() -> None:
     defaults = Settings.from_environment({})
-    assert defaults == Settings.from_environment({"COTERIE_BUNDLE": "", "COTERIE_STATE": "", "COTERIE_DEVICE": ""})
-    assert defaults.bundle is None and defaults.device == "auto"
+    assert defaults == Settings.from_environment(
+        {
+            "COTERIE_BUNDLE": "",
+            "COTERIE_STATE": "",
+            "COTERIE_DEVICE": "",
+            "COTERIE_THREADS": "",
+        }
+    )
+    assert defaults.bundle is None and defaults.device == "auto" and defaults.threads is None
     assert defaults.state.is_absolute() and defaults.state.name == "coterie"
 
 
@@ -22,6 +29,18 @@ def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     settings = Settings.from_environment({"COTERIE_BUNDLE": "some/bundle", "COTERIE_STATE": "~/state"})
     assert settings.bundle == tmp_path / "some/bundle"
     assert settings.state == Path("~/state").expanduser()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:0,2", "cuda:all", "tensorrt", "tensorrt:1"])
+def test_devices(device: str) -> None:
+    assert Settings.from_environment({"COTERIE_DEVICE": device}).device == device
+
+
+def test_threads() -> None:
+    assert Settings.from_environment({"COTERIE_THREADS": "3"}).threads == 3
+    for threads in ("0", "-1", "many", "1.5", "²"):
+        with pytest.raises(CoterieError, match=f"COTERIE_THREADS is '{threads}': use a number from 1 on"):
+            Settings.from_environment({"COTERIE_THREADS": threads})
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "cuda:", "cpu:0"])
