@@ -6,7 +6,7 @@ The limit is processors ÷ (core-seconds of decoding + core-seconds of the encod
 on one thread and measured in the same session. The command runs as a user would start it, its imports included. So
 that other work on the machine is seen for what it is, two factors stand beside the share of the limit that was
 reached: the share of the processors that it got, and the share of that which went into decoding and encoding. Memory
-is that of all its processes, sampled five times a second, at n and 2n images. The encoder's weights are random; FOLDER
+is that of all its processes, sampled ten times a second, at n and 2n images. The encoder's weights are random; FOLDER
 holds one folder of images per class. Exits with 1 where the goal is missed.
 """
 
@@ -112,20 +112,27 @@ def run(bundle: Bundle, table: Path) -> tuple[float, float, float]:
     command = [sys.executable, "-m", "coterie_cli", "embed", bundle.path, table, "--out", out, "--overwrite"]
     before, began, most = os.times(), time.perf_counter(), 0
     process = psutil.Popen([*map(str, command), "--device", "cpu"], stdout=subprocess.DEVNULL)
+    decoders: dict[int, float] = {}  # core-seconds of the processes that it started, which it does not wait for
     while process.poll() is None:
-        most = max(most, resident_bytes(process))
-        time.sleep(0.2)
+        most = max(most, resident_bytes(process, decoders))
+        time.sleep(0.1)
     wall, after = time.perf_counter() - began, os.times()
     if process.returncode:
         raise SystemExit("coterie embed failed")
     core = after.children_user + after.children_system - before.children_user - before.children_system
-    return wall, core, most / 2**20
+    return wall, core + sum(decoders.values()), most / 2**20
 
 
-def resident_bytes(process: psutil.Popen) -> int:
-    """Memory of a process and those that it started, what they share counted for each; 0 if it has just ended."""
+def resident_bytes(process: psutil.Popen, seconds: dict[int, float]) -> int:
+    """Memory of a process and those that it started, what they share counted for each; 0 if it has just ended.
+
+    Notes the core-seconds of those that it started in `seconds`.
+    """
     try:
-        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+        children = process.children(recursive=True)
+        for child in children:
+            seconds[child.pid] = sum(child.cpu_times()[:2])
+        return sum(one.memory_info().rss for one in (process, *children))
     except psutil.NoSuchProcess:
         return 0
 

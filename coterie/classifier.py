@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import binom
 
 from coterie.clusters import cluster_similarities, gaps, left_out_radii, shrunken_radii
 from coterie.errors import CoterieError, DataError
@@ -264,8 +263,10 @@ def _limit(deviations: NDArray[np.float64], rate: float, confidence: float) -> f
     1 − confidence: split conformal prediction valid for this very calibration set (Vovk, arXiv 1209.2673). Too few
     images to promise the rate leave the largest deviation.
     """
+    from scipy.special import bdtr  # the binomial distribution; it takes 0.1 s to load, and only export needs it
+
     counts = np.arange(len(deviations))
-    allowed = np.flatnonzero(binom.cdf(counts, len(deviations), rate) <= 1 - confidence)
+    allowed = np.flatnonzero(bdtr(counts, len(deviations), rate) <= 1 - confidence)
     above = int(allowed[-1]) if len(allowed) else 0
     return float(deviations[len(deviations) - 1 - above])
 

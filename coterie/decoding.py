@@ -1,7 +1,8 @@
 """Image files to pixels in processes of their own, for work by the million.
 
 Small JPEGs decode in less time than Python takes to hand the interpreter lock around, so threads would stand in line.
-The processes start anew and load this module, therefore it imports little: neither pyarrow nor ONNX Runtime.
+Where the system can, the processes are forked from one that has loaded nothing but this module, which therefore imports
+little: neither pyarrow nor ONNX Runtime.
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
 
@@ -20,7 +22,9 @@ from numpy.typing import NDArray
 from coterie.errors import ImageError
 from coterie.images import Preprocessing, load_pixels, read_file
 
-__all__ = ["Decoded", "DecodedRow", "ImageRow", "decode_rows", "decoding_processes"]
+__all__ = ["Decoded", "DecodedRow", "ImageRow", "decode_rows", "decoding_processes", "load_ahead"]
+
+_FORKSERVER = "forkserver" in get_all_start_methods()
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,26 @@ def decode_rows(root: Path, preprocessing: Preprocessing, rows: Sequence[ImageRo
     return Decoded(tuple(kept), pixels[: len(kept)], tuple(rejected))
 
 
+def load_ahead() -> None:
+    """Begin to load what decoding processes start from, beside whatever this process does next."""
+    if _FORKSERVER:
+        _context()
+        forkserver.ensure_running()
+
+
 def decoding_processes(workers: int) -> ProcessPoolExecutor:
-    """A pool whose processes end with this one, even when it is killed."""
-    # A fork would copy the locks of ONNX Runtime's threads in whatever state they are.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+    """A pool whose processes are on their way when this returns, and end with this process, even when it is killed."""
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_follow_parent)
+    for _ in range(workers):
+        pool.submit(os.getpid)  # each starts a process, which otherwise waits for work
+    return pool
+
+
+def _context() -> BaseContext:
+    # A fork of this process would copy the locks of ONNX Runtime's threads in whatever state they are.
+    context = get_context("forkserver" if _FORKSERVER else "spawn")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _follow_parent() -> None:

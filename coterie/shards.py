@@ -153,8 +153,15 @@ def write_part(folder: Path, number: int, batches: list[Batch], dim: int) -> Non
 
 
 def _writer(sink: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
-    # A dictionary of floats that are all different is work for nothing.
-    return pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=["label"])
+    # Of floats that are all different, dictionaries, bounds and compression are work for nothing.
+    words = [field.name for field in schema if field.name != "embedding"]
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression=dict.fromkeys(words, "zstd") | {"embedding.list.element": "none"},
+        use_dictionary=["label"],
+        write_statistics=words,
+    )
 
 
 def join(folder: Path, out: Path, plan: Plan, dim: int) -> Embedded:

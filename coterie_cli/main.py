@@ -258,6 +258,9 @@ def embed(
 
     Example: coterie embed bundles/photos photos/all --out photos.parquet
     """
+    from coterie.decoding import load_ahead
+
+    load_ahead()
     from coterie.embedding import embed_images
 
     done = embed_images(
