@@ -2,8 +2,8 @@
 
     python -m benchmarks.export [--models resnet18 …] [--images FOLDER] [--runs 15] [--threads N] [--json FILE]
 
-Two threads of an AMD EPYC with VNNI, 120 photographs, medians of 9 (docs/results/export.json); least cosine to torch, and
-speed as a multiple of float32's, which for a lone image took 8.6, 19.7, 30.9, 27.4 and 5.4 ms:
+Two threads of an AMD EPYC with VNNI, 120 photographs, medians of 9 (docs/results/export.json); least cosine to torch,
+and speed as a multiple of float32's, which for a lone image took 8.6, 19.7, 30.9, 27.4 and 5.4 ms:
 
                        MB                 cosine                     fp16 at 1, 8, 32      int8 at 1, 8, 32
                        fp32  fp16  int8   fp32      fp16    int8
@@ -13,8 +13,9 @@ speed as a multiple of float32's, which for a lone image took 8.6, 19.7, 30.9, 2
     convnext-t          114    58    31   1.000000  0.99999  0.995   0.89  0.80  0.79      1.69  1.58  1.83
     efficientnet-b0      23    15    11   1.000000  0.99957  −0.175  1.01  0.99  1.03      0.68  0.66  0.76
 
-An Intel machine with VNNI gave ResNet-18 2.52, 2.47 and 2.47 beside much other work. EfficientNet's int8 gains nothing and
-is inexact, also without its depthwise or squeezing convolutions (cosine 0.65 on average): its export would be refused.
+An Intel machine with VNNI gave ResNet-18 2.52, 2.47 and 2.47 beside much other work. EfficientNet's int8 gains nothing
+and is inexact, also without its depthwise or squeezing convolutions (cosine 0.65 on average): its export would be
+refused.
 
 Weights are random, so that nothing is downloaded: what BatchNorm and LayerNorm scale by is drawn anew, for many
 networks start with blocks that do nothing, BatchNorm's statistics are those of the images, and the mean feature is
