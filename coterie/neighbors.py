@@ -26,11 +26,10 @@ __all__ = ["ExactIndex", "Index", "IndexReport", "InvertedIndex", "inverted_byte
 
 # FAISS keeps any of the rows that tie for the last places: a few more show most ties whole.
 SPARE = 16
-# A filter's rows are copied and multiplied where they are few or the queries many; else all rows are, and the others
-# masked. 50 k × 128, one thread, half of the rows allowed: 1 query 1.4 ms copied and 1.0 masked, 8 queries 2.2 and 2.3,
-# 256 queries 26 and 74.
-COPIED_SHARE = 0.25
-COPIED_QUERIES = 16
+# A filter's rows are copied and multiplied unless there are so many that multiplying all rows is less work: to copy a row
+# takes as long as to multiply it with three queries. For 50 k to 1 M × 128 the two ways meet at a third of the rows for
+# one query, and at two thirds for two.
+COPY_PRODUCTS = 3
 # 4·√n lists, learned from 32 rows each in 5 rounds. For 1 M × 128, ten rounds over 40 rows take 21 s instead of 9 and
 # find the same neighbours to 0.003.
 LISTS_PER_ROOT = 4
@@ -125,10 +124,12 @@ class Index(ABC):
 
     def _nearest_among(self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64]) -> Found:
         """Exact `search` among `rows`, which ascend, 1 ≤ k ≤ their number."""
+        if COPY_PRODUCTS * len(rows) > len(queries) * len(self):
+            found = [scanned(query, self.vectors, k, rows) for query in queries]
+            return np.stack([similarities for similarities, _ in found]), np.stack([places for _, places in found])
         fetched = min(k + SPARE, len(rows))
-        copied = len(rows) <= COPIED_SHARE * len(self) or len(queries) >= COPIED_QUERIES
-        parts = (self._copied if copied else self._masked)(queries, fetched, rows)
-        similarities, candidates = (np.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True))
+        parts = zip(*self._copied(queries, fetched, rows), strict=True)
+        similarities, candidates = (np.concatenate(blocks, axis=1) for blocks in parts)
         return self._settled(queries, k, largest(similarities, candidates, fetched), rows)
 
     def _copied(self, queries: NDArray[np.float32], fetched: int, rows: NDArray[np.int64]) -> Iterator[Found]:
@@ -138,18 +139,6 @@ class Index(ABC):
             block = rows[start : start + step]
             similarities, places = _knn(queries, self.vectors.take(block, axis=0), min(fetched, len(block)))
             yield similarities, block[places]
-
-    def _masked(self, queries: NDArray[np.float32], fetched: int, rows: NDArray[np.int64]) -> Iterator[Found]:
-        """The nearest in each block of all rows, those that are not among `rows` put far away."""
-        handicap = np.full(len(self), -4, dtype=np.float32)
-        handicap[rows] = 0
-        step = max(1, BLOCK // len(queries))
-        for start in range(0, len(self), step):
-            similarities = queries @ self.vectors[start : start + step].T
-            similarities += handicap[start : start + step]
-            columns = np.broadcast_to(np.arange(similarities.shape[1]), similarities.shape)
-            nearest = largest(similarities, columns, fetched)
-            yield np.take_along_axis(similarities, nearest, 1), start + nearest
 
     def _settled(
         self,

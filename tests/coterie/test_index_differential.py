@@ -93,6 +93,7 @@ def test_a_filtered_search_is_exact_at_every_share(
         patch.setattr("coterie.neighbors.BLOCK", block)
         patch.setattr("coterie.ranking.BLOCK", block)
         assert_equal(index.search(queries, k, allowed=mask), (similarities, allowed[places]))
+        assert_equal(index.search(queries[:1], k, allowed=mask), (similarities[:1], allowed[places[:1]]))
         shuffled = np.random.default_rng(seed).permutation(np.append(allowed, allowed))
         assert_equal(index.search(queries, k, allowed=shuffled), (similarities, allowed[places]))
 
