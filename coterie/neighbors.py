@@ -26,17 +26,19 @@ __all__ = ["ExactIndex", "Index", "IndexReport", "InvertedIndex", "inverted_byte
 
 # FAISS keeps any of the rows that tie for the last places: a few more show most ties whole.
 SPARE = 16
-# A filter's rows are copied and multiplied unless there are so many that multiplying all rows is less work: to copy a row
-# takes as long as to multiply it with three queries. For 50 k to 1 M × 128 the two ways meet at a third of the rows for
-# one query, and at two thirds for two.
+# A filter's rows are copied and multiplied, unless there are so many that multiplying all rows is less work: copying a
+# row takes as long as multiplying it with three queries. For 50 k to 1 M × 128 the two ways meet at a third of the rows
+# for one query, and at two thirds for two.
 COPY_PRODUCTS = 3
 # 4·√n lists, learned from 32 rows each in 5 rounds. For 1 M × 128, ten rounds over 40 rows take 21 s instead of 9 and
 # find the same neighbours to 0.003.
 LISTS_PER_ROOT = 4
 ROWS_PER_LIST = 32
 ROUNDS = 5
-# An entry of FAISS's map from id to place: 25 to 53 were measured.
+# FAISS's map from id to place takes 25 to 53 bytes a row, and its lists grow by doubling: 1 M × 128 took 718 to 760
+# bytes a row beside the vectors, and 238 with eight bits a number.
 MAP_BYTES = 40
+GROWTH = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,8 @@ def list_count(n: int) -> int:
 
 def inverted_bytes(n: int, dim: int, *, quantized: bool, lists: int | None = None) -> float:
     """Bytes a row of an `InvertedIndex`: vector, listed vector, id, map, row, and its share of the centroids."""
-    centroids = (lists or list_count(n)) * 4 * dim / max(n, 1)
-    return 4 * dim + (dim if quantized else 4 * dim) + 8 + MAP_BYTES + 8 + centroids
+    listed = GROWTH * ((dim if quantized else 4 * dim) + 8)
+    return 4 * dim + listed + MAP_BYTES + 8 + 4 * dim * (lists or list_count(n)) / max(n, 1)
 
 
 def _trained(vectors: NDArray[np.float32], lists: int, quantized: bool) -> Any:
