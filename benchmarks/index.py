@@ -58,10 +58,16 @@ def directions(rng: np.random.Generator, n: int) -> Vectors:
 
 
 def interleaved(contenders: Mapping[str, Callable[[int], object]], runs: int) -> dict[str, float]:
-    """Median milliseconds of each; they take turns, so that a busy machine is busy for all of them."""
+    """Median milliseconds of each.
+
+    They take turns, so that a busy machine is busy for all of them, and each round begins with another, so that none
+    always runs beside what the threads of the one before have left to do.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds = list(contenders.items())
     for run in range(-1, runs):  # the first warms up
-        for name, call in contenders.items():
+        rounds.append(rounds.pop(0))
+        for name, call in rounds:
             began = time.perf_counter()
             call(run)
             if run >= 0:
