@@ -149,6 +149,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads; work that is under way ends first."""
         self._batcher.close()
+        self._gallery.close()
 
     async def _answers(self) -> bool:
         try:

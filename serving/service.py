@@ -67,7 +67,7 @@ class Coterie:
             path = find_bundle(settings.bundle)
             bundle = Bundle.open(path, device="cpu")
             _try_device(settings.device, bundle)
-            bundle.gallery(settings.state)
+            bundle.gallery(settings.state).close()
         except (CoterieError, OSError) as error:
             print(f"coterie: {error}", file=sys.stderr)
             sys.exit(CoterieError.exit_code)

@@ -1,0 +1,147 @@
+"""A snapshot of a gallery that changes: a large foundation, and above it the rows that are newer.
+
+A change makes the next snapshot out of this one in time that does not depend on the foundation's size. Now and then,
+in the background, all rows become a new foundation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property, partial
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.changes import Changes, KeptItem
+from coterie.clusters import ClassClusters
+from coterie.layers import Gaps, LayeredIndex
+from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById
+from coterie.metadata import Values
+from coterie.snapshot import Snapshot, join_clusters, place_class
+
+__all__ = ["LiveSnapshot"]
+
+
+class LiveSnapshot(Snapshot):
+    """A snapshot that knows its successor; see `LiveSnapshot.of`."""
+
+    def __init__(
+        self,
+        base: Snapshot,
+        foundation: Snapshot,
+        newer: Newer,
+        placed: Mapping[str, Callable[[], ClassClusters | None]],
+        sequence: int,
+        picture: Picture,
+    ) -> None:
+        self._base, self._foundation, self._newer, self._placed = base, foundation, newer, placed
+        self._picture = picture
+        self._live = LiveItems(foundation, newer, picture)
+        self.items, self.sequence = self._live, sequence
+
+    @classmethod
+    def of(cls, base: Snapshot, picture: Picture) -> "LiveSnapshot":
+        """The bundle's own gallery, without any change.
+
+        Args:
+            picture: gives the thumbnail of an id.
+        """
+        return cls(base, base, Newer.none(base.items.embeddings.shape[1]), {}, 0, picture)
+
+    @property
+    def weight(self) -> int:
+        """How many rows were added or removed since the foundation was laid."""
+        return len(self._newer.ids) + len(self._newer.gaps.dead)
+
+    @property
+    def foundation_size(self) -> int:
+        return len(self._foundation.items)
+
+    @cached_property
+    def clusters(self) -> ClassClusters:
+        return join_clusters(self._base.clusters, {label: find() for label, find in self._placed.items()})
+
+    @cached_property
+    def index(self) -> LayeredIndex:
+        return LayeredIndex(self._foundation.index, self._newer.vectors.array, self._newer.gaps)
+
+    @cached_property
+    def classes(self) -> NDArray[np.int64]:
+        names = np.asarray(self.clusters.labels, dtype=np.str_)
+        # A name that is no more stands for nothing but removed rows.
+        renumbered = np.searchsorted(names, np.asarray(self._foundation.clusters.labels, dtype=np.str_))
+        newer = np.searchsorted(names, np.asarray(self._newer.labels, dtype=np.str_))
+        both = np.concatenate([renumbered[self._foundation.classes], newer])
+        return both[self._live.left] if len(self._newer.gaps.dead) else both
+
+    @cached_property
+    def rows(self) -> Mapping[str, int]:
+        return RowsById(self._live)
+
+    @cached_property
+    def values(self) -> Values:
+        return LayeredValues(self._foundation.values, len(self._foundation.items), self._newer)
+
+    def changed(self, changes: Changes) -> "LiveSnapshot":
+        """This snapshot with the changes after its sequence."""
+        items = [item for item in changes.items if item.embedding is not None or item.id in self._base.rows]
+        dead, touched = [], {item.label for item in items}
+        for identifier in chain(changes.removed, (item.id for item in items)):
+            place = self._live.place(identifier)
+            if place is not None:
+                dead.append(place)
+                touched.add(self._live.label_at(place))
+        newer = self._with(items, dead)
+        placed: dict[str, Callable[[], ClassClusters | None]] = {
+            **self._placed,
+            # Found when it is first needed, and then kept.
+            **{label: cache(partial(_place, self._base, self._foundation, newer, label)) for label in touched},
+        }
+        return LiveSnapshot(self._base, self._foundation, newer, placed, changes.sequence, self._picture)
+
+    def settled(self) -> "LiveSnapshot":
+        """The same rows, all of them foundation, with everything at hand that a search needs."""
+        items = self._live.whole()
+        foundation = Snapshot(items, self.clusters, self.sequence)
+        foundation.index, foundation.classes, foundation.rows  # noqa: B018  cached properties
+        # Functions that have found their cluster would hold on to the rows that it was found from.
+        placed = {label: partial(_the_same, find()) for label, find in self._placed.items()}
+        newer = Newer.none(items.embeddings.shape[1])
+        return LiveSnapshot(self._base, foundation, newer, placed, self.sequence, self._picture)
+
+    def _with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
+        newer, first = self._newer, len(self._foundation.items) + len(self._newer.ids)
+        base = self._base
+        own = [base.rows.get(item.id) for item in items]
+        vectors = [
+            base.items.embeddings[row] if item.embedding is None else item.embedding
+            for item, row in zip(items, own, strict=True)
+        ]
+        nowhere = np.full(2, np.nan, dtype=np.float32)
+        positions = [nowhere if row is None else base.items.positions[row] for row in own]
+        left = dict(newer.places)
+        for place in dead:
+            if place >= len(self._foundation.items):
+                del left[newer.ids[place - len(self._foundation.items)]]
+        left.update((item.id, first + number) for number, item in enumerate(items))
+        return Newer(
+            ids=newer.ids + tuple(item.id for item in items),
+            labels=newer.labels + tuple(item.label for item in items),
+            metadata=newer.metadata + tuple(item.metadata for item in items),
+            positions=np.concatenate([newer.positions, *(position[None] for position in positions)]),
+            vectors=newer.vectors.with_rows(np.stack(vectors)) if vectors else newer.vectors,
+            gaps=Gaps(np.sort(np.append(newer.gaps.dead, np.asarray(dead, dtype=np.int64)))) if dead else newer.gaps,
+            places=left,
+        )
+
+
+def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
+    """The cluster of a class whose items have changed."""
+    items = LiveItems(foundation, newer, lambda _: b"")
+    above = [row for row, name in enumerate(newer.labels) if name == label]
+    places = np.append(foundation.members(label), np.asarray(above, dtype=np.int64) + len(foundation.items))
+    rows = newer.gaps.rows(places[items.left[places]])
+    return place_class(base, label, [items.ids[row] for row in rows], items.vectors(rows))
+
+
+def _the_same(cluster: ClassClusters | None) -> ClassClusters | None:
+    return cluster
