@@ -68,7 +68,8 @@ class Changes:
 
     Attributes:
         sequence: of the last change among them.
-        whole: these are all changes there ever were, not only those after the number that was asked about.
+        whole: these are all changes there ever were, for what was removed after the number that was asked about is no
+            longer known.
         items: added or edited, in the order of their last change.
         removed: ids that are no longer in the gallery.
     """
@@ -90,7 +91,7 @@ class GalleryStore(Protocol):
         """A number that is another one after every change, by whomever; cheap enough for each query."""
 
     def changes(self, since: int = 0) -> Changes:
-        """The changes after the number `since`, or all of them, as of one moment."""
+        """The changes after the number `since`, as of one moment."""
 
     def add(self, items: Sequence[StoredItem]) -> None:
         """Keep `items`; QuotaError if a class would have too many."""

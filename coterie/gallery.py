@@ -47,8 +47,9 @@ class Gallery:
         self._version = -1
         self._current: Snapshot = base
         if store is not None:
-            self._current = LiveSnapshot.of(base, self._picture)
-            self.snapshot()
+            self._version = store.version()
+            current = self._with_changes(LiveSnapshot.of(base, self._picture))
+            self._current = current.settled() if _is_heavy(current) else current
 
     def __enter__(self) -> "Gallery":
         return self
@@ -103,7 +104,7 @@ class Gallery:
         """
         for item in items:
             check_label(item.label)
-            check_unit_vectors(item.embedding[None], self._base.items.embeddings.shape[1])
+            check_unit_vectors(item.embedding[None], self._base.items.dim)
             if item.original is not None and item_id(item.original) != item.id:
                 raise DataError(f"item {item.id} has an original whose id is {item_id(item.original)}")
         self._changeable().add(items)
@@ -168,11 +169,9 @@ class Gallery:
         ):
             self._complete()
             changes = self._store.changes(current.sequence)
-        if not changes.whole:
-            return current.changed(changes)
-        # At the start, or when others have removed more than the store remembers.
-        fresh = LiveSnapshot.of(self._base, self._picture).changed(changes)
-        return fresh.settled() if _is_heavy(fresh) else fresh
+        if changes.whole:
+            current = LiveSnapshot.of(self._base, self._picture)
+        return current.changed(changes)
 
     def _settle_if_much_has_changed(self) -> None:
         current = self._current

@@ -62,11 +62,20 @@ class Gaps:
         self.dead = dead
         self._before = dead - np.arange(len(dead))  # rows that are left before each
 
+    def left(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the ascending `places` that are left."""
+        return np.setdiff1d(places, self.dead, assume_unique=True) if len(self.dead) else places
+
     def rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row numbers of places that are left."""
+        if not len(self.dead):
+            return places
         return places - np.searchsorted(self.dead, places)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the rows of these numbers are."""
+        if not len(self.dead):
+            return rows
         return rows + np.searchsorted(self._before, rows, side="right")
 
     def row(self, place: int) -> int:

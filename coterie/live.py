@@ -5,7 +5,7 @@ in the background, all rows become a new foundation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -21,31 +21,39 @@ from coterie.snapshot import Snapshot, join_clusters, place_class
 __all__ = ["LiveSnapshot"]
 
 
+Placing = Callable[[], ClassClusters | None]
+
+
 class LiveSnapshot(Snapshot):
-    """A snapshot that knows its successor; see `LiveSnapshot.of`."""
+    """A snapshot that knows its successor; the first is made by `LiveSnapshot.of`.
+
+    Args:
+        base: the bundle's own gallery.
+        foundation, newer: the two layers.
+        placed: clusters as they were before the classes of `placing` changed.
+        placing: finds the cluster of each class that has changed since, when clusters are first asked for.
+        picture: gives the thumbnail of an id.
+    """
 
     def __init__(
         self,
         base: Snapshot,
         foundation: Snapshot,
         newer: Newer,
-        placed: Mapping[str, Callable[[], ClassClusters | None]],
+        placed: ClassClusters,
+        placing: Mapping[str, Placing],
         sequence: int,
         picture: Picture,
     ) -> None:
-        self._base, self._foundation, self._newer, self._placed = base, foundation, newer, placed
-        self._picture = picture
+        self._base, self._foundation, self._newer, self._picture = base, foundation, newer, picture
+        self._placed, self._placing = placed, placing
         self._live = LiveItems(foundation, newer, picture)
         self.items, self.sequence = self._live, sequence
 
     @classmethod
     def of(cls, base: Snapshot, picture: Picture) -> "LiveSnapshot":
-        """The bundle's own gallery, without any change.
-
-        Args:
-            picture: gives the thumbnail of an id.
-        """
-        return cls(base, base, Newer.none(base.items.embeddings.shape[1]), {}, 0, picture)
+        """The bundle's own gallery, without any change."""
+        return cls(base, base, Newer.none(base.items.dim), base.clusters, {}, 0, picture)
 
     @property
     def weight(self) -> int:
@@ -58,7 +66,7 @@ class LiveSnapshot(Snapshot):
 
     @cached_property
     def clusters(self) -> ClassClusters:
-        return join_clusters(self._base.clusters, {label: find() for label, find in self._placed.items()})
+        return join_clusters(self._placed, {label: place() for label, place in self._placing.items()})
 
     @cached_property
     def index(self) -> LayeredIndex:
@@ -91,22 +99,21 @@ class LiveSnapshot(Snapshot):
                 dead.append(place)
                 touched.add(self._live.label_at(place))
         newer = self._with(items, dead)
-        placed: dict[str, Callable[[], ClassClusters | None]] = {
-            **self._placed,
-            # Found when it is first needed, and then kept.
-            **{label: cache(partial(_place, self._base, self._foundation, newer, label)) for label in touched},
+        done = "clusters" in self.__dict__
+        placing: dict[str, Placing] = {
+            **({} if done else self._placing),
+            **{label: partial(_place, self._base, self._foundation, newer, label) for label in touched},
         }
-        return LiveSnapshot(self._base, self._foundation, newer, placed, changes.sequence, self._picture)
+        placed = self.clusters if done else self._placed
+        return LiveSnapshot(self._base, self._foundation, newer, placed, placing, changes.sequence, self._picture)
 
     def settled(self) -> "LiveSnapshot":
         """The same rows, all of them foundation, with everything at hand that a search needs."""
         items = self._live.whole()
         foundation = Snapshot(items, self.clusters, self.sequence)
         foundation.index, foundation.classes, foundation.rows  # noqa: B018  cached properties
-        # Functions that have found their cluster would hold on to the rows that it was found from.
-        placed = {label: partial(_the_same, find()) for label, find in self._placed.items()}
         newer = Newer.none(items.embeddings.shape[1])
-        return LiveSnapshot(self._base, foundation, newer, placed, self.sequence, self._picture)
+        return LiveSnapshot(self._base, foundation, newer, self.clusters, {}, self.sequence, self._picture)
 
     def _with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
         newer, first = self._newer, len(self._foundation.items) + len(self._newer.ids)
@@ -123,6 +130,11 @@ class LiveSnapshot(Snapshot):
             if place >= len(self._foundation.items):
                 del left[newer.ids[place - len(self._foundation.items)]]
         left.update((item.id, first + number) for number, item in enumerate(items))
+        members: dict[str, tuple[int, ...]] = dict(newer.members)
+        grouped: dict[str, list[int]] = {}
+        for row, item in enumerate(items, len(newer.ids)):
+            grouped.setdefault(item.label, []).append(row)
+        members.update((label, newer.members.get(label, ()) + tuple(rows)) for label, rows in grouped.items())
         return Newer(
             ids=newer.ids + tuple(item.id for item in items),
             labels=newer.labels + tuple(item.label for item in items),
@@ -131,17 +143,15 @@ class LiveSnapshot(Snapshot):
             vectors=newer.vectors.with_rows(np.stack(vectors)) if vectors else newer.vectors,
             gaps=Gaps(np.sort(np.append(newer.gaps.dead, np.asarray(dead, dtype=np.int64)))) if dead else newer.gaps,
             places=left,
+            members=members,
         )
 
 
 def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
     """The cluster of a class whose items have changed."""
-    items = LiveItems(foundation, newer, lambda _: b"")
-    above = [row for row, name in enumerate(newer.labels) if name == label]
-    places = np.append(foundation.members(label), np.asarray(above, dtype=np.int64) + len(foundation.items))
-    rows = newer.gaps.rows(places[items.left[places]])
-    return place_class(base, label, [items.ids[row] for row in rows], items.vectors(rows))
-
-
-def _the_same(cluster: ClassClusters | None) -> ClassClusters | None:
-    return cluster
+    below = len(foundation.items)
+    older = newer.gaps.left(foundation.members(label))
+    above = newer.gaps.left(below + np.asarray(newer.members.get(label, ()), dtype=np.int64)) - below
+    ids = [foundation.items.ids[row] for row in older.tolist()] + [newer.ids[row] for row in above.tolist()]
+    members = np.concatenate([foundation.items.embeddings[older], newer.vectors.array[above]])
+    return place_class(base, label, ids, members)

@@ -13,7 +13,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.items import Column, GalleryItems
+from coterie.items import Column, GalleryItems, products
 from coterie.layers import Gaps, GrowingRows
 from coterie.metadata import Values
 from coterie.snapshot import Snapshot
@@ -35,11 +35,12 @@ class Newer:
     vectors: GrowingRows
     gaps: Gaps
     places: Mapping[str, int]  # of ids that are left
+    members: Mapping[str, tuple[int, ...]]  # rows of each label, left or removed
 
     @classmethod
     def none(cls, dim: int) -> "Newer":
         positions = np.empty((0, 2), dtype=np.float32)
-        return cls((), (), (), positions, GrowingRows(dim), Gaps(np.empty(0, dtype=np.int64)), {})
+        return cls((), (), (), positions, GrowingRows(dim), Gaps(np.empty(0, dtype=np.int64)), {}, {})
 
 
 class LiveItems:
@@ -103,22 +104,24 @@ class LiveItems:
     def row(self, place: int) -> int:
         return self._newer.gaps.row(place)
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    @property
+    def dim(self) -> int:
+        return self._foundation.items.dim
+
+    def similarities(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         places = self._newer.gaps.places(rows)
         below = places < self._below
-        if below.all():
-            return self._foundation.items.embeddings[places]
-        vectors = np.empty((len(rows), self._newer.vectors.array.shape[1]), dtype=np.float32)
-        vectors[below] = self._foundation.items.embeddings[places[below]]
-        vectors[~below] = self._newer.vectors.array[places[~below] - self._below]
-        return vectors
+        found = np.empty((len(queries), len(rows)), dtype=np.float32)
+        found[:, below] = self._foundation.items.similarities(queries, places[below])
+        found[:, ~below] = products(queries, self._newer.vectors.array, places[~below] - self._below)
+        return found
 
     def select(self, rows: NDArray[np.int64]) -> GalleryItems:
         ids = tuple(self.ids[row] for row in rows.tolist())
         return GalleryItems(
             ids=ids,
             labels=self.labels[rows],
-            embeddings=self.vectors(rows),
+            embeddings=self.embeddings[rows],
             positions=self.positions[rows],
             thumbnails=_Pictures(ids, self._picture),
             metadata=tuple(self.metadata[row] for row in rows.tolist()),
@@ -205,4 +208,4 @@ class LayeredValues(Values):
 
     def rows(self, key: str, value: Any) -> NDArray[np.int64]:
         places = np.concatenate([self._older.rows(key, value), super().rows(key, value) + self._below])
-        return self._gaps.rows(places[~np.isin(places, self._gaps.dead, assume_unique=True)])
+        return self._gaps.rows(self._gaps.left(places))

@@ -28,20 +28,27 @@ class Values:
 
     def __init__(self, metadata: Iterable[Mapping[str, Any]]) -> None:
         self._metadata = metadata
-        self._listed: dict[str, dict[str, list[int]]] = {}
+        self._listed: dict[str, dict[str, list[int] | NDArray[np.int64]]] = {}
 
     def rows(self, key: str, value: Any) -> NDArray[np.int64]:
         """The rows that have `value` under `key`, in order."""
         if key not in self._keys:  # anybody may ask for anything, and nothing is kept of it
             return np.empty(0, dtype=np.int64)
+        text = as_text(value)
         listed = self._listed.get(key)
         if listed is None:
-            listed = defaultdict(list)
-            for row, entry in enumerate(self._metadata):
-                if key in entry:
-                    listed[as_text(entry[key])].append(row)
-            self._listed[key] = listed = dict(listed)
-        return np.asarray(listed.get(as_text(value), ()), dtype=np.int64)
+            listed = self._listed[key] = self._list(key)
+        rows = np.asarray(listed.get(text, ()), dtype=np.int64)
+        if text in listed:
+            listed[text] = rows  # the next time at no cost
+        return rows
+
+    def _list(self, key: str) -> dict[str, list[int] | NDArray[np.int64]]:
+        listed: dict[str, list[int]] = defaultdict(list)
+        for row, entry in enumerate(self._metadata):
+            if key in entry:
+                listed[as_text(entry[key])].append(row)
+        return dict(listed)
 
     @cached_property
     def _keys(self) -> frozenset[str]:

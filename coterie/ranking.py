@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.index import DECIMALS
+from coterie.index import DECIMALS, check_unit_vectors
+from coterie.items import Items
 
 __all__ = ["best", "nearest_of"]
 
@@ -31,20 +32,21 @@ def best(
 
 
 def nearest_of(
-    queries: NDArray[np.float32], vectors: NDArray[np.float32], rows: NDArray[np.int64], k: int
+    queries: NDArray[np.float32], items: Items, rows: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The `min(k, n)` nearest of `vectors` (n, d), which stand at `rows` (n,), to each query (m, d), by looking at all.
+    """The `min(k, r)` nearest of the items at `rows` (r,) to each unit-length query (m, d), by looking at all of them.
 
     Returns:
-        similarities float32 and rows int64, both (m, min(k, n)).
+        similarities float32 and rows int64, both (m, min(k, r)).
     """
     if k < 1:
         raise ValueError(f"k is {k}: ask for at least one neighbour")
+    queries = check_unit_vectors(queries, items.dim)
     k = min(k, len(rows))
     similarities = np.empty((len(queries), k), dtype=np.float32)
     nearest = np.empty((len(queries), k), dtype=np.int64)
-    step = max(1, BLOCK // max(1, len(rows)))
+    step = max(1, BLOCK // max(1, len(items)))
     for start in range(0, len(queries) if k else 0, step):
         part = slice(start, start + step)
-        similarities[part], nearest[part] = best(queries[part] @ vectors.T, rows, k)
+        similarities[part], nearest[part] = best(items.similarities(queries[part], rows), rows, k)
     return similarities, nearest

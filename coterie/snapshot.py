@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
-from coterie.index import ExactIndex, check_unit_vectors
+from coterie.index import ExactIndex
 from coterie.items import GalleryItems, Items
 from coterie.metadata import Values
 from coterie.ranking import nearest_of
@@ -102,9 +102,7 @@ class Snapshot:
         if rows is None:
             similarities, nearest = self.index.search(embeddings, k)
         else:
-            vectors = self.items.vectors(rows)
-            queries = check_unit_vectors(embeddings, vectors.shape[1])
-            similarities, nearest = nearest_of(queries, vectors, rows, k)
+            similarities, nearest = nearest_of(embeddings, self.items, rows, k)
         items = self.items
         return [
             [
@@ -163,17 +161,21 @@ def place_class(base: Snapshot, label: str, ids: Sequence[str], members: NDArray
     if not ids:
         return None
     embeddings, classes = base.strangers
-    clusters = base.clusters
-    if label in clusters.labels:
-        number = clusters.labels.index(label)
+    number = -1
+    if label in base.clusters.labels:
+        number = base.clusters.labels.index(label)
+        embeddings = embeddings[classes != number]
         rows = np.fromiter((base.rows.get(identifier, -1) for identifier in ids), np.int64, len(ids))
         kept = np.count_nonzero(base.classes[rows[rows >= 0]] == number)
-        if kept == len(ids) == clusters.counts[number]:
-            return clusters.select([number])
-        embeddings = embeddings[classes != number]
-        if not kept:  # the name is used anew, and forgets what it meant
-            clusters = clusters.with_class(label, members[:0], embeddings)
-    placed = clusters.with_class(label, members, embeddings)
+        if kept == len(ids) == base.clusters.counts[number]:
+            return base.clusters.select([number])
+        if kept:
+            return base.clusters.select([number]).with_class(label, members, embeddings)
+        # Else the name is used anew, and forgets what it meant.
+    # Of the other classes a new one needs to know how wide the widest is.
+    others = [row for row in range(len(base.clusters)) if row != number]
+    widest = sorted(others, key=base.clusters.radii.__getitem__)[-1:]
+    placed = base.clusters.select(widest).with_class(label, members, embeddings)
     return placed.select([placed.labels.index(label)])
 
 

@@ -87,7 +87,8 @@ class Store:
                 self._reader.execute("BEGIN")
                 try:
                     sequence, horizon = self._reader.execute("SELECT sequence, horizon FROM counter").fetchone()
-                    since = since if since >= horizon else 0
+                    whole = since < horizon
+                    since = 0 if whole else since
                     rows = self._reader.execute(schema.CHANGED, (self._encoder, since)).fetchall()
                     gone = self._reader.execute("SELECT id FROM removed WHERE sequence > ?", (since,)).fetchall()
                 finally:
@@ -103,7 +104,7 @@ class Store:
             )
             for identifier, label, metadata, embedding in rows
         )
-        return Changes(sequence, not since, items, frozenset(identifier for (identifier,) in gone))
+        return Changes(sequence, whole, items, frozenset(identifier for (identifier,) in gone))
 
     def add(self, items: Sequence[StoredItem]) -> None:
         if not items:

@@ -59,7 +59,7 @@ class Model:
             if number > since
         )
         removed = frozenset(identifier for identifier, number in self.removed.items() if number > since)
-        return Changes(self.sequence, not since, items, removed)
+        return Changes(self.sequence, False, items, removed)
 
 
 def base_of(rows: dict[str, Row]) -> Snapshot:

@@ -44,7 +44,7 @@ def store(path: Path) -> Store:
 
 
 def test_a_new_store_has_no_changes(store: GalleryStore) -> None:
-    assert store.changes() == Changes(0, True, (), frozenset())
+    assert store.changes() == Changes(0, False, (), frozenset())
 
 
 def test_changes_survive_closing_and_opening(store: Store, path: Path) -> None:
