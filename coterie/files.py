@@ -9,20 +9,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from coterie.errors import CoterieError
 
-__all__ = ["atomic_directory", "sync_directory", "write_bytes", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "sync_directory", "write_bytes", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file at `path` by `data`; a reader sees the old or the new content, never a part."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to; when the block ends without an error it replaces the one at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())

@@ -6,14 +6,16 @@ much has changed, a thread in the background makes the whole a new foundation, w
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.changes import Edit, GalleryStore, StoredItem
-from coterie.errors import DataError
+from coterie.changes import Edit, GalleryStore, KeptItem, StoredItem
+from coterie.errors import CoterieWarning, DataError, StoreError
 from coterie.index import check_unit_vectors
 from coterie.items import GalleryItems, item_id, matrix_column
 from coterie.labels import check_label
@@ -143,13 +145,35 @@ class Gallery:
         self._changeable().remove(found, bundled=[identifier for identifier in found if identifier in self._base.rows])
         return tuple(found)
 
-    def is_enrolled(self, identifier: str) -> bool:
-        """Whether an item of the gallery came after the bundle was made."""
-        return identifier not in self._base.rows
+    def enrolled_ids(self) -> frozenset[str]:
+        """The items that came after the bundle was made, or were enrolled once more."""
+        return frozenset(item.id for item in self._kept())
 
-    def original(self, identifier: str) -> bytes | None:
-        """The image of an enrolled item; None if it was not kept, or is the bundle's own."""
-        return self._store.original(identifier) if self._store else None
+    def enrolled(self) -> Iterator[StoredItem]:
+        """Those items, with their pictures and images, in the order of their last change."""
+        for item in self._kept():
+            assert item.embedding is not None and self._store is not None
+            try:
+                original = self._store.original(item.id)
+            except StoreError as error:
+                warnings.warn(f"{error}; the item is used without it", CoterieWarning, stacklevel=2)
+                original = None
+            yield StoredItem(
+                item.id, item.label, item.embedding, item.metadata, self._store.thumbnail(item.id), original
+            )
+
+    def backup(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """Copy what the store holds to a new folder, which can take the place of this gallery's state folder.
+
+        Raises:
+            CoterieError: the folder exists, or nothing can be written there.
+        """
+        self._changeable().backup(folder, progress)
+
+    def _kept(self) -> list[KeptItem]:
+        if self._store is None:
+            return []
+        return [item for item in self._store.changes().items if item.embedding is not None]
 
     def _changeable(self) -> GalleryStore:
         if self._store is None:

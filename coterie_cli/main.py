@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
+from coterie_cli.gallery import gallery_app
+from coterie_cli.options import FORMS, BundlePath, Data, Device, Strict, console, show_rejected
 
 app = typer.Typer(
     name="coterie",
@@ -24,16 +25,11 @@ app = typer.Typer(
 )
 bundle_app = typer.Typer(help="Look at, check and publish bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
-
-console = Console()
+app.add_typer(gallery_app, name="gallery")
 
 # What only the extra `train` brings, and serving and evaluation do without.
 TRAIN_PACKAGES = frozenset({"torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"})
 
-FORMS = "a folder with one folder of images per class, or a .csv or .parquet file with a row for each image"
-Data = Annotated[Path, typer.Argument(help=f"Labelled images: {FORMS}.", show_default=False)]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
 Group = Annotated[
     str | None,
     typer.Option(
@@ -42,7 +38,6 @@ Group = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="COTERIE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
 
@@ -365,15 +360,3 @@ def push_bundle(path: Path) -> None:
     from serving.model_store import push
 
     console.print(f"In the BentoML model store: [bold]{push(Bundle.open(path))}[/]")
-
-
-def show_rejected(rejected: tuple[object, ...], most: int = 10) -> None:
-    """Name and count the images that were left out, on stderr."""
-    if not rejected:
-        return
-    errors = Console(stderr=True)
-    errors.print(f"[yellow]{len(rejected)} images were left out:[/]")
-    for entry in rejected[:most]:
-        errors.print(f"  {entry}", markup=False, highlight=False)
-    if len(rejected) > most:
-        errors.print(f"  … and {len(rejected) - most} more")

@@ -3,14 +3,17 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from platformdirs import user_state_dir
 
-from coterie.errors import DeviceError
+from coterie.errors import CoterieError, DeviceError
+from coterie.store import CLASS_QUOTA, StoreOptions
 
 __all__ = ["Settings"]
+
+TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,14 @@ class Settings:
         state: COTERIE_STATE, the only folder the service writes to, one subfolder per gallery name. By default the
             platform's user state directory, on Linux ~/.local/state/coterie.
         device: COTERIE_DEVICE, where the encoder runs: auto (the default: a GPU if one answers), cpu, cuda or cuda:N.
+        store: COTERIE_ORIGINALS, whether enrolled images are kept (1, the default) or not (0), and COTERIE_CLASS_QUOTA,
+            how many enrolled items a class may have.
     """
 
     bundle: Path | None
     state: Path
     device: str = "auto"
+    store: StoreOptions = field(default_factory=StoreOptions)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -38,6 +44,7 @@ class Settings:
 
         Raises:
             DeviceError: COTERIE_DEVICE is no device.
+            CoterieError: another variable is not what it should be.
         """
         bundle = environment.get("COTERIE_BUNDLE")
         state = environment.get("COTERIE_STATE") or user_state_dir("coterie", appauthor=False)
@@ -46,4 +53,22 @@ class Settings:
             bundle=Path(bundle).expanduser().absolute() if bundle else None,
             state=Path(state).expanduser().absolute(),
             device=environment.get("COTERIE_DEVICE") or "auto",
+            store=StoreOptions(
+                originals=_flag(environment, "COTERIE_ORIGINALS", True),
+                class_quota=_count(environment, "COTERIE_CLASS_QUOTA", CLASS_QUOTA),
+            ),
         )
+
+
+def _flag(environment: Mapping[str, str], name: str, default: bool) -> bool:
+    value = environment.get(name) or str(int(default))
+    if value.lower() not in TRUE | FALSE:
+        raise CoterieError(f"{name} is {value!r}: use 1 or 0")
+    return value.lower() in TRUE
+
+
+def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name) or str(default)
+    if not value.isdecimal() or int(value) < 1:
+        raise CoterieError(f"{name} is {value!r}: use a whole number from 1 on")
+    return int(value)
