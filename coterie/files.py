@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from coterie.errors import CoterieError
 
-__all__ = ["atomic_directory", "atomic_file", "sync_directory", "write_bytes", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "sync_directory", "sync_file", "write_bytes", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -60,8 +60,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync_file(file)
+        sync_file(temporary)
         temporary.chmod(0o777 & ~_umask())
         _take_name(temporary, path, overwrite)
     except BaseException:
@@ -73,7 +73,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut; directories cannot be synced on Windows."""
     if os.name == "posix":
-        _sync(path)
+        sync_file(path)
 
 
 def _take_name(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -93,7 +93,8 @@ def _take_name(temporary: Path, path: Path, overwrite: bool) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have what was written to `path` on disk."""
     if path.is_dir() and os.name != "posix":
         return
     # Windows flushes only what is open for writing.

@@ -145,6 +145,14 @@ class Gallery:
         self._changeable().remove(found, bundled=[identifier for identifier in found if identifier in self._base.rows])
         return tuple(found)
 
+    def original(self, identifier: str) -> bytes | None:
+        """The image of an enrolled item; None if it was not kept, or is the bundle's own.
+
+        Raises:
+            StoreError: the image is gone or damaged.
+        """
+        return self._store.original(identifier) if self._store else None
+
     def enrolled_ids(self) -> frozenset[str]:
         """The items that came after the bundle was made, or were enrolled once more."""
         return frozenset(item.id for item in self._kept())

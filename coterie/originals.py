@@ -1,7 +1,7 @@
 """The bytes of enrolled images, as files named by their sha256, so that another encoder can embed them anew.
 
-`originals/ab/abcdef…` appears whole under its name or not at all, and is on disk before a row of the store names it.
-Which files are still wanted is the store's to say: `Originals` deletes what it is told to.
+`originals/ab/abcdef…` is on disk, whole, before a row of the store names it. What a power cut leaves half-written is not
+named by any row, and the next opening of the store sweeps it away. Which files are still wanted is the store's to say: `Originals` deletes what it is told to.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from coterie.errors import StoreError
-from coterie.files import sync_directory
+from coterie.files import sync_directory, sync_file
 
 __all__ = ["Originals"]
 
@@ -44,14 +44,16 @@ class Originals:
         temporary = path.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}")
         try:
             self._make_folder(path.parent)
-            if not path.exists():
+            if not _holds(path, content):
                 try:
-                    _write_durably(temporary, content)
+                    temporary.write_bytes(content)
                     temporary.replace(path)
                 except BaseException:
                     temporary.unlink(missing_ok=True)
                     raise
-            # Also where the file was there: whoever wrote it may not have come so far.
+            # Also where the file was there: whoever wrote it may not have come so far. Under its last name already, the
+            # file takes its folder's entry to disk with it, where the journal holds both.
+            sync_file(path)
             sync_directory(path.parent)
         except OSError as error:
             raise StoreError(f"the image cannot be kept in {path.parent}: {error.strerror or error}") from error
@@ -106,8 +108,8 @@ class Originals:
             sync_directory(self.folder.parent)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except FileNotFoundError:
+        return False

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+LOG_BYTES = 16 * 2**20  # of the log that stays, once a reader who kept it from being reused is done
 TABLES = """
 BEGIN IMMEDIATE;
 -- The number of the last change; removals up to `horizon` may have been forgotten.
@@ -79,6 +80,7 @@ def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         _use_wal(db, busy_seconds)
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = ON")
+        db.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     except BaseException:
         db.close()
         raise

@@ -174,7 +174,7 @@ def duplicates(
             found = find_duplicates(items, threshold, progress=advance)
     histogram = Table(title="Similarity of each item to its nearest neighbour", show_header=False, box=None)
     largest = max((*found.counts, 1))
-    for low, high, count in zip(found.edges, found.edges[1:], found.counts, strict=True):
+    for low, high, count in zip(found.edges[:-1], found.edges[1:], found.counts, strict=True):
         if count:
             histogram.add_row(f"{low:g} to {high:g}", f"{count:,}", "█" * max(1, round(40 * count / largest)))
     console.print(histogram)

@@ -238,6 +238,22 @@ def test_an_image_that_is_enrolled_again_without_itself_stays(store: Store) -> N
     assert store.original(item_id(b"one image")) == b"one image"
 
 
+@pytest.mark.parametrize("damaged", [b"", b"one imagf", b"half"])
+def test_an_image_that_was_damaged_says_so_and_is_made_whole_by_enrolling_it_again(
+    store: Store, path: Path, damaged: bytes
+) -> None:
+    store.add([image(b"one image")])
+    (file,) = (file for file in path.with_name("originals").rglob("*") if file.is_file())
+    file.write_bytes(damaged)
+    with pytest.raises(StoreError, match="is damaged"):
+        store.original(item_id(b"one image"))
+    store.add([image(b"one image")])
+    assert store.original(item_id(b"one image")) == b"one image"
+    file.unlink()
+    with pytest.raises(StoreError, match="cannot be read: No such file"):
+        store.original(item_id(b"one image"))
+
+
 def test_an_image_goes_with_its_item(store: Store, path: Path) -> None:
     store.add([image(b"one image"), image(b"another")])
     store.remove([item_id(b"one image")])

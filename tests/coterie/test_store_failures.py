@@ -194,13 +194,13 @@ os.write(1, b"removed")
         "start",
         "added",
         image=rf"write\(.*{sha256}.*\"image\"",
-        image_synced=rf"fsync\(.*{sha256}",
         image_named=rf"rename.*{sha256}",
+        image_synced=rf"fsync\(.*originals/{sha256[:2]}/{sha256}>",
         folder_synced=rf"fsync\(.*originals/{sha256[:2]}>",
         row=r"pwrite64\(.*gallery\.sqlite-wal",
         row_synced=r"f(data)?sync\(.*gallery\.sqlite-wal",
     )
-    expected = ["image", "image_synced", "image_named", "folder_synced", "row", "row_synced"]
+    expected = ["image", "image_named", "image_synced", "folder_synced", "row", "row_synced"]
     assert [*dict.fromkeys(adding)] == expected and adding[-1] == "row_synced"
     removing = steps(
         "added",
