@@ -1,7 +1,8 @@
 """The bytes of enrolled images, as files named by their sha256, so that another encoder can embed them anew.
 
-`originals/ab/abcdef…` is on disk, whole, before a row of the store names it. What a power cut leaves half-written is not
-named by any row, and the next opening of the store sweeps it away. Which files are still wanted is the store's to say: `Originals` deletes what it is told to.
+`originals/ab/abcdef…` is on disk, whole, before a row of the store names it. What a power cut leaves half-written is
+not named by any row, and the next opening of the store sweeps it away. Which files are still wanted is the store's to
+say: `Originals` deletes what it is told to.
 """
 
 import hashlib
