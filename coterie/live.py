@@ -20,7 +20,6 @@ from coterie.snapshot import Snapshot, join_clusters, place_class
 
 __all__ = ["LiveSnapshot"]
 
-
 Placing = Callable[[], ClassClusters | None]
 
 
@@ -98,8 +97,8 @@ class LiveSnapshot(Snapshot):
             if place is not None:
                 dead.append(place)
                 touched.add(self._live.label_at(place))
-        newer = self._with(items, dead)
-        done = "clusters" in self.__dict__
+        newer = self._newer_with(items, dead)
+        done = "clusters" in self.__dict__  # then they need not be found again
         placing: dict[str, Placing] = {
             **({} if done else self._placing),
             **{label: partial(_place, self._base, self._foundation, newer, label) for label in touched},
@@ -112,29 +111,29 @@ class LiveSnapshot(Snapshot):
         items = self._live.whole()
         foundation = Snapshot(items, self.clusters, self.sequence)
         foundation.index, foundation.classes, foundation.rows  # noqa: B018  cached properties
-        newer = Newer.none(items.embeddings.shape[1])
+        newer = Newer.none(items.dim)
         return LiveSnapshot(self._base, foundation, newer, self.clusters, {}, self.sequence, self._picture)
 
-    def _with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
-        newer, first = self._newer, len(self._foundation.items) + len(self._newer.ids)
-        base = self._base
-        own = [base.rows.get(item.id) for item in items]
+    def _newer_with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
+        """The upper layer with `items` added, and without the rows at the places `dead`, in either layer."""
+        newer, base, below = self._newer, self._base.items, len(self._foundation.items)
+        own = [self._base.rows.get(item.id) for item in items]
         vectors = [
-            base.items.embeddings[row] if item.embedding is None else item.embedding
+            base.embeddings[row] if item.embedding is None else item.embedding
             for item, row in zip(items, own, strict=True)
         ]
         nowhere = np.full(2, np.nan, dtype=np.float32)
-        positions = [nowhere if row is None else base.items.positions[row] for row in own]
-        left = dict(newer.places)
+        positions = [nowhere if row is None else base.positions[row] for row in own]
+        places = dict(newer.places)
         for place in dead:
-            if place >= len(self._foundation.items):
-                del left[newer.ids[place - len(self._foundation.items)]]
-        left.update((item.id, first + number) for number, item in enumerate(items))
+            if place >= below:
+                del places[newer.ids[place - below]]
         members: dict[str, tuple[int, ...]] = dict(newer.members)
-        grouped: dict[str, list[int]] = {}
+        added: dict[str, list[int]] = {}
         for row, item in enumerate(items, len(newer.ids)):
-            grouped.setdefault(item.label, []).append(row)
-        members.update((label, newer.members.get(label, ()) + tuple(rows)) for label, rows in grouped.items())
+            places[item.id] = below + row
+            added.setdefault(item.label, []).append(row)
+        members.update((label, newer.members.get(label, ()) + tuple(rows)) for label, rows in added.items())
         return Newer(
             ids=newer.ids + tuple(item.id for item in items),
             labels=newer.labels + tuple(item.label for item in items),
@@ -142,7 +141,7 @@ class LiveSnapshot(Snapshot):
             positions=np.concatenate([newer.positions, *(position[None] for position in positions)]),
             vectors=newer.vectors.with_rows(np.stack(vectors)) if vectors else newer.vectors,
             gaps=Gaps(np.sort(np.append(newer.gaps.dead, np.asarray(dead, dtype=np.int64)))) if dead else newer.gaps,
-            places=left,
+            places=places,
             members=members,
         )
 

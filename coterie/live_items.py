@@ -21,6 +21,7 @@ from coterie.snapshot import Snapshot
 __all__ = ["LayeredValues", "LiveItems", "Newer", "Picture", "RowsById"]
 
 Entry = TypeVar("Entry")
+Scalar = TypeVar("Scalar", bound=np.generic)
 Picture = Callable[[str], bytes]
 
 
@@ -67,16 +68,15 @@ class LiveItems:
 
     @cached_property
     def labels(self) -> NDArray[np.str_]:
-        newer = np.asarray(self._newer.labels, dtype=np.str_)
-        return np.concatenate([self._foundation.items.labels, newer])[self.left]
+        return self._joined(self._foundation.items.labels, np.asarray(self._newer.labels, dtype=np.str_))
 
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:
-        return np.concatenate([self._foundation.items.embeddings, self._newer.vectors.array])[self.left]
+        return self._joined(self._foundation.items.embeddings, self._newer.vectors.array)
 
     @cached_property
     def positions(self) -> NDArray[np.float32]:
-        return np.concatenate([self._foundation.items.positions, self._newer.positions])[self.left]
+        return self._joined(self._foundation.items.positions, self._newer.positions)
 
     @cached_property
     def left(self) -> NDArray[np.bool_]:
@@ -84,6 +84,10 @@ class LiveItems:
         left = np.ones(self._below + len(self._newer.ids), dtype=bool)
         left[self._newer.gaps.dead] = False
         return left
+
+    def _joined(self, older: NDArray[Scalar], newer: NDArray[Scalar]) -> NDArray[Scalar]:
+        both = np.concatenate([older, newer])
+        return both[self.left] if len(self._newer.gaps.dead) else both
 
     def label(self, row: int) -> str:
         return self.label_at(self._newer.gaps.place(row))
@@ -132,9 +136,9 @@ class LiveItems:
         ids, old, newer = tuple(self.ids), self._foundation.items, self._newer
         return GalleryItems(
             ids=ids,
-            labels=np.concatenate([old.labels, np.asarray(newer.labels, dtype=np.str_)])[self.left],
-            embeddings=np.concatenate([old.embeddings, newer.vectors.array])[self.left],
-            positions=np.concatenate([old.positions, newer.positions])[self.left],
+            labels=self._joined(old.labels, np.asarray(newer.labels, dtype=np.str_)),
+            embeddings=self._joined(old.embeddings, newer.vectors.array),
+            positions=self._joined(old.positions, newer.positions),
             thumbnails=_Pictures(ids, self._picture),
             metadata=tuple(self.metadata),
         )
