@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from coterie.anew import embed_anew
 from coterie.classifier import Calibration, Classification, classify
 from coterie.clusters import ClassClusters
 from coterie.encoder import Encoder
@@ -31,7 +32,7 @@ from coterie.images import ImageSource, Preprocessing, load_pixels
 from coterie.labels import check_label
 from coterie.providers import check_device
 from coterie.session import model_shapes
-from coterie.store import Store
+from coterie.store import Store, StoreOptions
 
 __all__ = ["Bundle", "EncoderCard", "FileEntry", "Manifest", "write_bundle"]
 
@@ -186,12 +187,34 @@ class Bundle:
             raise BundleError(f"{self.path} has different classes in its {MANIFEST}, {GALLERY} and {CLUSTERS}")
         return Snapshot(items, clusters)
 
-    def gallery(self, state: Path | None = None) -> Gallery:
-        """The gallery; with a state folder, changes kept there are part of it and can be added to."""
+    def gallery(self, state: Path | None = None, *, options: StoreOptions = StoreOptions()) -> Gallery:
+        """The gallery; with a state folder, changes kept there are part of it and can be added to.
+
+        Images that were enrolled with another encoder are embedded anew, which may take a while.
+
+        Raises:
+            StoreError: the changes cannot be read.
+        """
         if state is None:
             return Gallery(self.base)
-        store = Store(state / self.manifest.name / "gallery.sqlite", encoder=self.manifest.files[MODEL].sha256)
-        return Gallery(self.base, store)
+        store = Store(
+            state / self.manifest.name / "gallery.sqlite", encoder=self.manifest.files[MODEL].sha256, options=options
+        )
+
+        def complete() -> None:
+            preprocessing = self.manifest.encoder.preprocessing
+            embed_anew(
+                store,
+                known=self.base.rows,
+                decode=lambda content: load_pixels(content, preprocessing),
+                encode=self.encoder.embed,
+            )
+
+        try:
+            return Gallery(self.base, store, complete=complete)
+        except BaseException:
+            store.close()
+            raise
 
     def pixels(self, images: Sequence[ImageSource]) -> NDArray[np.uint8]:
         """Decode images to the encoder's input, uint8 (n, h, w, 3).
@@ -241,7 +264,7 @@ def write_bundle(
     """
     with atomic_directory(path, overwrite=overwrite) as temporary:
         (temporary / MODEL).write_bytes(model)
-        snapshot.items.write(temporary / GALLERY)
+        snapshot.items.whole().write(temporary / GALLERY)
         _write_clusters(snapshot.clusters, temporary / CLUSTERS)
         (temporary / CARD).write_text(card, "utf-8")
         entries = {

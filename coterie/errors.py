@@ -11,7 +11,9 @@ __all__ = [
     "DeviceError",
     "GateFailed",
     "ImageError",
+    "QuotaError",
     "RecipeError",
+    "StoreBusyError",
     "StoreError",
     "TrainingStopped",
 ]
@@ -45,6 +47,14 @@ class DeviceError(CoterieError):
 
 class StoreError(CoterieError):
     """The gallery's durable changes cannot be read or written."""
+
+
+class StoreBusyError(StoreError):
+    """Another process held the gallery's store for too long; the same change may succeed when it is tried again."""
+
+
+class QuotaError(DataError):
+    """A class would have more enrolled items than it may."""
 
 
 class TrainingStopped(CoterieError):  # noqa: N818 - neither a mistake

@@ -9,20 +9,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from coterie.errors import CoterieError
 
-__all__ = ["atomic_directory", "sync_directory", "write_bytes", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "sync_directory", "sync_file", "write_bytes", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file at `path` by `data`; a reader sees the old or the new content, never a part."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to; when the block ends without an error it replaces the one at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -52,8 +60,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync_file(file)
+        sync_file(temporary)
         temporary.chmod(0o777 & ~_umask())
         _take_name(temporary, path, overwrite)
     except BaseException:
@@ -65,7 +73,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut; directories cannot be synced on Windows."""
     if os.name == "posix":
-        _sync(path)
+        sync_file(path)
 
 
 def _take_name(temporary: Path, path: Path, overwrite: bool) -> None:
@@ -85,7 +93,8 @@ def _take_name(temporary: Path, path: Path, overwrite: bool) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have what was written to `path` on disk."""
     if path.is_dir() and os.name != "posix":
         return
     # Windows flushes only what is open for writing.

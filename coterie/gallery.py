@@ -1,234 +1,226 @@
 """The gallery: labelled embeddings that queries are compared with, the bundle's own and those enrolled since.
 
-Readers work on an immutable snapshot; a change builds the next one and swaps it in by reference.
+Readers work on an immutable snapshot. A change is laid over the last one and the result swapped in by reference; when
+much has changed, a thread in the background makes the whole a new foundation, which is swapped in the same way.
 """
 
-import hashlib
-import json
+import logging
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from coterie.clusters import ClassClusters
-from coterie.errors import BundleError, DataError
-from coterie.index import ExactIndex, check_unit_vectors
+from coterie.changes import Edit, GalleryStore, KeptItem, StoredItem
+from coterie.errors import CoterieWarning, DataError, StoreError
+from coterie.items import GalleryItems, item_id, matrix_column
 from coterie.labels import check_label
-from coterie.store import Store, StoredItem
+from coterie.live import LiveSnapshot
+from coterie.ranking import check_unit_vectors
+from coterie.snapshot import Neighbor, Snapshot
 
-__all__ = ["Gallery", "GalleryItems", "Snapshot", "item_id", "matrix_column"]
+__all__ = ["Gallery", "GalleryItems", "Neighbor", "Snapshot", "item_id", "matrix_column"]
 
+logger = logging.getLogger("coterie.gallery")
 
-def item_id(content: bytes) -> str:
-    """The gallery id of an image: the first 24 hexadecimal digits of its bytes' sha256."""
-    return hashlib.sha256(content).hexdigest()[:24]
-
-
-@dataclass(frozen=True)
-class GalleryItems:
-    """Rows of a gallery.
-
-    Attributes:
-        ids: unique; (n,).
-        labels: str (n,).
-        embeddings: float32 (n, d), unit length.
-        positions: float32 (n, 2), for drawing a map.
-        thumbnails: encoded pictures, empty bytes where there is none.
-        metadata: one mapping each.
-    """
-
-    ids: tuple[str, ...]
-    labels: NDArray[np.str_]
-    embeddings: NDArray[np.float32]
-    positions: NDArray[np.float32]
-    thumbnails: tuple[bytes, ...]
-    metadata: tuple[dict[str, Any], ...]
-
-    def __post_init__(self) -> None:
-        n = len(self.ids)
-        if len(set(self.ids)) != n:
-            raise DataError("gallery ids must be unique")
-        check_unit_vectors(self.embeddings)
-        sizes = {len(self.labels), len(self.embeddings), len(self.positions), len(self.thumbnails), len(self.metadata)}
-        if sizes != {n}:
-            raise ValueError(f"a gallery's columns differ in length: {sorted(sizes | {n})}")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @classmethod
-    def enrolled(cls, items: Sequence[StoredItem], dim: int) -> "GalleryItems":
-        """Rows for items that came after the bundle was made; they have no place on its map."""
-        return cls(
-            ids=tuple(item.id for item in items),
-            labels=np.asarray([item.label for item in items], dtype=np.str_),
-            embeddings=np.stack([item.embedding for item in items]) if items else np.empty((0, dim), np.float32),
-            positions=np.full((len(items), 2), np.nan, dtype=np.float32),
-            thumbnails=tuple(item.thumbnail for item in items),
-            metadata=tuple(item.metadata for item in items),
-        )
-
-    def select(self, rows: NDArray[np.int64]) -> "GalleryItems":
-        """The items at `rows`, in that order."""
-        return GalleryItems(
-            ids=tuple(self.ids[row] for row in rows),
-            labels=self.labels[rows],
-            embeddings=self.embeddings[rows],
-            positions=self.positions[rows],
-            thumbnails=tuple(self.thumbnails[row] for row in rows),
-            metadata=tuple(self.metadata[row] for row in rows),
-        )
-
-    def __add__(self, other: "GalleryItems") -> "GalleryItems":
-        return GalleryItems(
-            ids=self.ids + other.ids,
-            labels=np.concatenate([self.labels, other.labels]),
-            embeddings=np.concatenate([self.embeddings, other.embeddings]),
-            positions=np.concatenate([self.positions, other.positions]),
-            thumbnails=self.thumbnails + other.thumbnails,
-            metadata=self.metadata + other.metadata,
-        )
-
-    def write(self, path: Path) -> None:
-        """Write the rows as Parquet; equal rows give equal bytes."""
-        dim = self.embeddings.shape[1]
-        table = pa.table(
-            {
-                "id": pa.array(self.ids, pa.string()),
-                "label": pa.array(self.labels.tolist(), pa.string()),
-                "embedding": pa.FixedSizeListArray.from_arrays(self.embeddings.ravel(), dim),
-                "position": pa.FixedSizeListArray.from_arrays(self.positions.ravel(), 2),
-                "thumbnail": pa.array(self.thumbnails, pa.binary()),
-                "metadata": pa.array([json.dumps(row, sort_keys=True) for row in self.metadata], pa.string()),
-            }
-        )
-        pq.write_table(table, path, compression="zstd")
-
-    @classmethod
-    def read(cls, path: Path) -> "GalleryItems":
-        """Read what `write` wrote.
-
-        Raises:
-            BundleError: not such a file.
-        """
-        try:
-            table = pq.read_table(path).combine_chunks()
-            return cls(
-                ids=tuple(table["id"].to_pylist()),
-                labels=np.asarray(table["label"].to_pylist(), dtype=np.str_),
-                embeddings=matrix_column(table["embedding"]),
-                positions=matrix_column(table["position"]),
-                thumbnails=tuple(table["thumbnail"].to_pylist()),
-                metadata=tuple(json.loads(row) for row in table["metadata"].to_pylist()),
-            )
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, DataError) as error:
-            raise BundleError(f"{path} is not a gallery: {error}") from error
-
-
-def matrix_column(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A column of vectors of one width as an array (n, width).
-
-    Raises:
-        ValueError: the column holds anything else.
-    """
-    flat = column.combine_chunks()
-    if not pa.types.is_fixed_size_list(flat.type):
-        raise ValueError(f"a column of vectors has the type {flat.type}")
-    values = flat.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return np.asarray(values.reshape(len(flat), flat.type.list_size))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A gallery at one moment; nothing in it changes.
-
-    Attributes:
-        items: all rows.
-        clusters: one for every label that has rows.
-        sequence: of the last change that is in it.
-    """
-
-    items: GalleryItems
-    clusters: ClassClusters
-    sequence: int = 0
-
-    @cached_property
-    def index(self) -> ExactIndex:
-        return ExactIndex(self.items.embeddings)
-
-    @cached_property
-    def classes(self) -> NDArray[np.int64]:
-        """The row in `clusters` of each item's label, int64 (n,)."""
-        return np.searchsorted(np.asarray(self.clusters.labels, dtype=np.str_), self.items.labels)
-
-    @cached_property
-    def rows(self) -> dict[str, int]:
-        """Where each id stands in `items`."""
-        return {identifier: row for row, identifier in enumerate(self.items.ids)}
-
-    def with_items(self, added: GalleryItems, removed: Iterable[str] = (), sequence: int = 0) -> "Snapshot":
-        """This snapshot plus `added` less `removed`; only the classes concerned get new clusters."""
-        gone = set(removed) | set(added.ids)
-        keep = np.asarray(
-            [row for row, identifier in enumerate(self.items.ids) if identifier not in gone], dtype=np.int64
-        )
-        touched = set(added.labels.tolist()) | {str(self.items.labels[self.rows[i]]) for i in gone if i in self.rows}
-        kept = self.items.select(keep)
-        items = kept + added
-        clusters = self.clusters
-        for label in sorted(touched):
-            if label not in kept.labels:  # nothing is left of the class that had this name
-                clusters = clusters.with_class(label, items.embeddings[:0], items.embeddings)
-            own = items.labels == label
-            clusters = clusters.with_class(label, items.embeddings[own], items.embeddings[~own])
-        return Snapshot(items, clusters, sequence)
+# A new foundation is laid when so many rows were added or removed, and this share of the old one. Up to there they
+# cost a search a tenth of what the foundation does.
+MANY_CHANGES, LARGE_SHARE = 2000, 0.05
 
 
 class Gallery:
-    """The bundle's items plus the store's changes.
+    """The bundle's items plus the store's changes. Ends with `close`, or as a context manager.
 
     Args:
         base: items and clusters as the bundle holds them.
         store: where changes are kept; without one the gallery cannot be changed.
+        complete: called when there are items that another encoder's process has enrolled; embeds them anew.
     """
 
-    def __init__(self, base: Snapshot, store: Store | None = None) -> None:
-        self._base, self._store = base, store
+    def __init__(
+        self, base: Snapshot, store: GalleryStore | None = None, *, complete: Callable[[], None] | None = None
+    ) -> None:
+        self._base, self._store, self._complete = base, store, complete
         self._lock = threading.Lock()
-        self._current = base
-        self.snapshot()
+        self._settling: threading.Thread | None = None
+        self._version = -1
+        self._current: Snapshot = base
+        if store is not None:
+            self._version = store.version()
+            current = self._with_changes(LiveSnapshot.of(base, self._picture))
+            self._current = current.settled() if _is_heavy(current) else current
+
+    def __enter__(self) -> "Gallery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what runs in the background, and close the store."""
+        settling = self._settling
+        if settling is not None:
+            settling.join()
+        if self._store is not None:
+            self._store.close()
 
     def snapshot(self) -> Snapshot:
-        """The gallery as it is now, with every change that any process has been told is durable."""
-        if self._store is None or self._store.sequence() == self._current.sequence:
+        """The gallery as it is now, with every change that any process has been told is durable.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._store is None or self._store.version() == self._version:
             return self._current
         with self._lock:
-            if self._store.sequence() != self._current.sequence:
-                changes = self._store.changes()
-                added = GalleryItems.enrolled(changes.added, self._base.items.embeddings.shape[1])
-                self._current = self._base.with_items(added, changes.removed, changes.sequence)
+            version = self._store.version()
+            if version != self._version:
+                self._current = self._with_changes(self._current)
+                self._version = version
+                self._settle_if_much_has_changed()
             return self._current
 
+    def search(
+        self,
+        embeddings: NDArray[np.float32],
+        k: int,
+        *,
+        labels: Collection[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[list[Neighbor]]:
+        """The nearest items now; see `Snapshot.search`."""
+        return self.snapshot().search(embeddings, k, labels=labels, metadata=metadata)
+
     def add(self, items: Sequence[StoredItem]) -> None:
-        """Enrol `items`; they are durable, and part of the next snapshot, when this returns."""
+        """Enrol `items`; they are durable, and part of the next snapshot, when this returns.
+
+        An item is what its id stands for, an image. One that is in the gallery already gets the new label and metadata.
+
+        Raises:
+            DataError: a label cannot name a class, metadata is not JSON, or an original is not the image of its id.
+            QuotaError: a class would have too many items.
+            StoreError: they cannot be kept.
+        """
         for item in items:
             check_label(item.label)
-            check_unit_vectors(item.embedding[None], self._base.items.embeddings.shape[1])
+            check_unit_vectors(item.embedding[None], self._base.items.dim)
+            if item.original is not None and item_id(item.original) != item.id:
+                raise DataError(f"item {item.id} has an original whose id is {item_id(item.original)}")
         self._changeable().add(items)
 
-    def remove(self, ids: Sequence[str]) -> None:
-        """Forget these items; ids that are not in the gallery are passed over."""
-        known = self.snapshot().rows
-        self._changeable().remove([identifier for identifier in ids if identifier in known])
+    def edit(self, identifier: str, *, label: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+        """Give an item, the bundle's own or an enrolled one, another label or other metadata.
 
-    def _changeable(self) -> Store:
+        Raises:
+            DataError: there is no such item, or what it is to have cannot be kept.
+            StoreError: the change cannot be kept.
+        """
+        items, row = self.snapshot().items, self.snapshot().rows.get(identifier)
+        if row is None:
+            raise DataError(f"the gallery has no item {identifier}")
+        edit = Edit(
+            identifier,
+            items.label(row) if label is None else check_label(label),
+            items.metadata[row] if metadata is None else metadata,
+        )
+        self._changeable().edit([edit])
+
+    def remove(self, ids: Sequence[str] = (), *, label: str | None = None) -> tuple[str, ...]:
+        """Erase the items of these ids, or all items of a class; returns the ids of those that were there.
+
+        Raises:
+            DataError: there is no such class.
+            StoreError: they cannot be removed.
+        """
+        snapshot = self.snapshot()
+        found = [identifier for identifier in dict.fromkeys(ids) if identifier in snapshot.rows]
+        if label is not None:
+            members = snapshot.members(label).tolist()
+            if not members:
+                raise DataError(f"the gallery has no class {label!r}: `coterie gallery list` shows which it has")
+            found = list(dict.fromkeys([*found, *(snapshot.items.ids[row] for row in members)]))
+        self._changeable().remove(found, bundled=[identifier for identifier in found if identifier in self._base.rows])
+        return tuple(found)
+
+    def original(self, identifier: str) -> bytes | None:
+        """The image of an enrolled item; None if it was not kept, or is the bundle's own.
+
+        Raises:
+            StoreError: the image is gone or damaged.
+        """
+        return self._store.original(identifier) if self._store else None
+
+    def enrolled_ids(self) -> frozenset[str]:
+        """The items that came after the bundle was made, or were enrolled once more."""
+        return frozenset(item.id for item in self._kept())
+
+    def enrolled(self) -> Iterator[StoredItem]:
+        """Those items, with their pictures and images, in the order of their last change."""
+        for item in self._kept():
+            assert item.embedding is not None and self._store is not None
+            try:
+                original = self._store.original(item.id)
+            except StoreError as error:
+                warnings.warn(f"{error}; the item is used without it", CoterieWarning, stacklevel=2)
+                original = None
+            yield StoredItem(
+                item.id, item.label, item.embedding, item.metadata, self._store.thumbnail(item.id), original
+            )
+
+    def backup(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """Copy what the store holds to a new folder, which can take the place of this gallery's state folder.
+
+        Raises:
+            CoterieError: the folder exists, or nothing can be written there.
+        """
+        self._changeable().backup(folder, progress)
+
+    def _kept(self) -> list[KeptItem]:
+        if self._store is None:
+            return []
+        return [item for item in self._store.changes().items if item.embedding is not None]
+
+    def _changeable(self) -> GalleryStore:
         if self._store is None:
             raise DataError("this gallery was opened without a store and cannot be changed")
         return self._store
+
+    def _picture(self, identifier: str) -> bytes:
+        picture = self._store.thumbnail(identifier) if self._store else b""
+        row = self._base.rows.get(identifier)
+        return picture or (b"" if row is None else self._base.items.thumbnails[row])
+
+    def _with_changes(self, current: Snapshot) -> LiveSnapshot:
+        assert self._store is not None and isinstance(current, LiveSnapshot)
+        changes = self._store.changes(current.sequence)
+        if self._complete is not None and any(
+            item.embedding is None and item.id not in self._base.rows for item in changes.items
+        ):
+            self._complete()
+            changes = self._store.changes(current.sequence)
+        if changes.whole:
+            current = LiveSnapshot.of(self._base, self._picture)
+        return current.changed(changes)
+
+    def _settle_if_much_has_changed(self) -> None:
+        current = self._current
+        assert isinstance(current, LiveSnapshot)
+        if _is_heavy(current) and (self._settling is None or not self._settling.is_alive()):
+            self._settling = threading.Thread(target=self._settle, args=(current,), name="gallery-index", daemon=True)
+            self._settling.start()
+
+    def _settle(self, current: LiveSnapshot) -> None:
+        try:
+            settled = current.settled()
+            with self._lock:
+                # What has changed meanwhile is laid over it.
+                self._current = self._with_changes(settled)
+        except Exception:  # the old snapshot still answers, and the next change starts another attempt
+            logger.exception("the gallery's index could not be renewed")
+
+
+def _is_heavy(snapshot: LiveSnapshot) -> bool:
+    return snapshot.weight > max(MANY_CHANGES, LARGE_SHARE * snapshot.foundation_size)

@@ -35,13 +35,9 @@ class from a few examples without training. {_training(manifest)}
 
 ## Measured
 
-On {calibration.images} images that `coterie export --precision {card.precision}` held out of the gallery:
+{_measured(manifest)}
 
-| measure | value |
-|---|---|
-{_measures(manifest.accuracy)}
-
-`coterie bundle info BUNDLE` prints these numbers, `coterie evaluate BUNDLE DATA --unknown OTHERS --report report.html`
+`coterie evaluate BUNDLE DATA --unknown OTHERS --report report.html`
 measures the bundle on labelled images of yours.
 
 ## Preprocessing
@@ -116,8 +112,23 @@ def _classes(classes: tuple[str, ...]) -> str:
     return f"{len(classes)}: {shown}{more}."
 
 
-def _measures(accuracy: dict[str, float]) -> str:
-    return "\n".join(f"| {text} | {accuracy[key]:.4f} |" for key, text in MEASURES.items() if key in accuracy)
+def _measured(manifest: Manifest) -> str:
+    accuracy, images = manifest.accuracy, manifest.calibration.images
+    rows = [f"| {text} | {accuracy[key]:.4f} |" for key, text in MEASURES.items() if key in accuracy]
+    if not rows:
+        return "Not measured since enrolled images became part of the gallery."
+    by = "export" if "merged" not in manifest.provenance else "gallery merge"
+    return "\n".join(
+        [
+            f"On {images} images that `coterie {by}` held out of the gallery, in {manifest.encoder.precision}:",
+            "",
+            "| measure | value |",
+            "|---|---|",
+            *rows,
+            "",
+            "`coterie bundle info BUNDLE` prints these numbers.",
+        ]
+    )
 
 
 def _preprocessing(card: EncoderCard) -> str:

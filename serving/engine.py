@@ -23,6 +23,7 @@ from coterie.errors import CoterieError, ImageError
 from coterie.gallery import Snapshot
 from coterie.images import load_pixels
 from coterie.machine import processors
+from coterie.store import StoreOptions
 from serving.batcher import Batcher, ItemError
 from serving.errors import BadRequestError, EncoderError, OverloadedError, RejectedImageError
 from serving.limits import RequestLimits
@@ -73,6 +74,7 @@ class Engine:
     Args:
         bundle: what to serve.
         state: folder of the gallery's changes; None serves the bundle's own gallery.
+        store: how changes are kept there.
         limits: what a request may cost.
         capacity: images under way before further ones are refused.
 
@@ -85,6 +87,7 @@ class Engine:
         bundle: Bundle,
         *,
         state: Path | None = None,
+        store: StoreOptions = StoreOptions(),
         limits: RequestLimits = NORMAL,
         capacity: int = CAPACITY,
     ) -> None:
@@ -92,7 +95,7 @@ class Engine:
         self.manifest = bundle.manifest
         self._preprocessing = self.manifest.encoder.preprocessing
         self._encoder = bundle.encoder
-        self._gallery = bundle.gallery(state)
+        self._gallery = bundle.gallery(state, options=store)
         self._encoder.warm_up(MAX_BATCH)
         self._batcher = Batcher[_Query, _Pixels, Embedding | Classification](
             self._decode,
@@ -148,6 +151,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads; work that is under way ends first."""
         self._batcher.close()
+        self._gallery.close()
 
     async def _answers(self) -> bool:
         try:

@@ -7,7 +7,7 @@ table, so that no path, stack or library name leaves the house.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coterie.errors import CoterieError, StoreError
+from coterie.errors import CoterieError, StoreBusyError, StoreError
 
 __all__ = [
     "BadRequestError",
@@ -77,12 +77,17 @@ class TimedOutError(RequestError):
 
 @dataclass(frozen=True)
 class Problem:
-    """How a kind of error looks to the client; `message` stands in where the error's own is not for outside."""
+    """How a kind of error looks to the client; `message` stands in where the error's own is not for outside.
+
+    Attributes:
+        retry_after: seconds after which the same request may succeed, where that is known.
+    """
 
     status: int
     type: str
     code: str
     message: str = "the service failed to answer; this is logged, and not your request's fault"
+    retry_after: int | None = None
 
 
 PROBLEMS: dict[type[Exception], Problem] = {
@@ -93,6 +98,9 @@ PROBLEMS: dict[type[Exception], Problem] = {
     RejectedImageError: Problem(422, "invalid_request_error", "invalid_image"),
     OverloadedError: Problem(429, "rate_limit_error", "overloaded"),
     EncoderError: Problem(503, "server_error", "encoder_failed"),
+    StoreBusyError: Problem(
+        503, "server_error", "gallery_busy", "the gallery is being changed by another process: try again", 1
+    ),
     StoreError: Problem(503, "server_error", "gallery_unavailable", "the gallery cannot be read at the moment"),
     TimedOutError: Problem(504, "server_error", "timed_out"),
     Exception: Problem(500, "server_error", "internal_error"),

@@ -197,7 +197,8 @@ def _error_response(error: Exception) -> Response:
     kind = problem(error)
     if isinstance(error, RequestError):
         return _error(kind.status, str(error), kind.type, error.param, kind.code, error.headers)
-    return _error(kind.status, kind.message, kind.type, None, kind.code, None)
+    headers = None if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
+    return _error(kind.status, kind.message, kind.type, None, kind.code, headers)
 
 
 def _error(status: int, message: str, type_: str, param: str | None, code: str, headers: Any) -> Response:

@@ -48,7 +48,7 @@ class Coterie:
         logging.getLogger("coterie").setLevel(logging.INFO)
         settings = Settings.from_environment()
         bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
-        self.engine = Engine(bundle, state=settings.state)
+        self.engine = Engine(bundle, state=settings.state, store=settings.store)
         app.state.engine = self.engine
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
 
@@ -67,7 +67,7 @@ class Coterie:
             path = find_bundle(settings.bundle)
             bundle = Bundle.open(path, device="cpu")
             _try_device(settings.device, bundle)
-            bundle.gallery(settings.state)
+            bundle.gallery(settings.state, options=settings.store).close()
         except (CoterieError, OSError) as error:
             print(f"coterie: {error}", file=sys.stderr)
             sys.exit(CoterieError.exit_code)

@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from platformdirs import user_state_dir
 
 from coterie.errors import CoterieError, DeviceError
 from coterie.providers import check_device
+from coterie.store import CLASS_QUOTA, StoreOptions
 
 __all__ = ["Settings"]
+
+TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Settings:
         device: COTERIE_DEVICE, where the encoder runs: auto (the default: a GPU if one answers), cpu, cuda, cuda:1,
             cuda:0,1 or cuda:all for several GPUs; tensorrt likewise.
         threads: COTERIE_THREADS, of the encoder on the CPU; by default one for each processor.
+        store: COTERIE_ORIGINALS, whether enrolled images are kept (1, the default) or not (0), and COTERIE_CLASS_QUOTA,
+            how many enrolled items a class may have.
     """
 
     bundle: Path | None
     state: Path
     device: str = "auto"
     threads: int | None = None
+    store: StoreOptions = field(default_factory=StoreOptions)
 
     def __post_init__(self) -> None:
         try:
@@ -43,7 +49,7 @@ class Settings:
 
         Raises:
             DeviceError: COTERIE_DEVICE is no device.
-            CoterieError: COTERIE_THREADS is no number of threads.
+            CoterieError: another variable is not what it should be.
         """
         threads = environment.get("COTERIE_THREADS") or None
         if threads is not None and not (threads.isdecimal() and int(threads)):
@@ -56,4 +62,22 @@ class Settings:
             state=Path(state).expanduser().absolute(),
             device=environment.get("COTERIE_DEVICE") or "auto",
             threads=int(threads) if threads else None,
+            store=StoreOptions(
+                originals=_flag(environment, "COTERIE_ORIGINALS", True),
+                class_quota=_count(environment, "COTERIE_CLASS_QUOTA", CLASS_QUOTA),
+            ),
         )
+
+
+def _flag(environment: Mapping[str, str], name: str, default: bool) -> bool:
+    value = environment.get(name) or str(int(default))
+    if value.lower() not in TRUE | FALSE:
+        raise CoterieError(f"{name} is {value!r}: use 1 or 0")
+    return value.lower() in TRUE
+
+
+def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name) or str(default)
+    if not value.isdecimal() or int(value) < 1:
+        raise CoterieError(f"{name} is {value!r}: use a whole number from 1 on")
+    return int(value)

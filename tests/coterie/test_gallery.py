@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from coterie import gallery as gallery_module
+from coterie import store as store_module
 from coterie.clusters import SMALLEST_GAP, ClassClusters
 from coterie.errors import BundleError, DataError
 from coterie.gallery import Gallery, GalleryItems, Snapshot, item_id
+from coterie.live import LiveSnapshot
 from coterie.store import Store, StoredItem
 
 DIM = 8
@@ -53,14 +57,16 @@ def frozen(snapshot: Snapshot) -> tuple[Any, ...]:
     """Everything in a snapshot, copied."""
     items, clusters = snapshot.items, snapshot.clusters
     arrays = (items.labels, items.embeddings, items.positions, clusters.prototypes, clusters.radii, clusters.counts)
-    return (items.ids, clusters.labels, snapshot.sequence, len(snapshot.index), *(array.tobytes() for array in arrays))
+    content = tuple(array.tobytes() for array in arrays)
+    return (tuple(items.ids), clusters.labels, snapshot.sequence, len(snapshot.index), *content)
 
 
 # Snapshots
 
 
 def test_the_bundles_own_gallery_is_the_first_snapshot(gallery: Gallery, base: Snapshot) -> None:
-    assert gallery.snapshot() is base
+    assert gallery.snapshot().items.ids[0] == base.items.ids[0] and len(gallery.snapshot().items) == 60
+    assert Gallery(base).snapshot() is base
     assert base.clusters.labels == ("a", "b", "c")
     np.testing.assert_array_equal(np.asarray(base.clusters.labels)[base.classes], base.items.labels)
     assert base.items.ids[base.rows["7"]] == "7"
@@ -218,7 +224,7 @@ def test_bad_items_are_refused_before_anything_is_kept(gallery: Gallery, base: S
     for embedding in (good.embedding[:-1], good.embedding * 2, np.full(DIM, np.nan, dtype=np.float32)):
         with pytest.raises(ValueError, match=r"shape|length"):
             gallery.add([good, StoredItem("bad", "d", embedding, {}, b"")])
-    assert gallery.snapshot() is base
+    assert len(gallery.snapshot().items) == 60
 
 
 def test_readers_always_see_whole_changes(gallery: Gallery, clouds: Clouds) -> None:
@@ -244,6 +250,197 @@ def test_readers_always_see_whole_changes(gallery: Gallery, clouds: Clouds) -> N
             stop.set()
         assert all(reader.result() for reader in readers)
     assert len(gallery.snapshot().items) == 110
+
+
+# Edits, removals, filters
+
+
+def test_an_item_may_get_another_label_and_other_metadata(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 3))
+    of_the_bundle, enrolled = base.items.ids[0], "new 0"
+    before = gallery.snapshot()
+    gallery.edit(of_the_bundle, metadata={"colour": "red"})
+    gallery.edit(enrolled, label="a")
+    after = gallery.snapshot()
+    for identifier, label, metadata in (
+        (of_the_bundle, base.items.label(0), {"colour": "red"}),
+        (enrolled, "a", {"row": 0}),
+    ):
+        row = after.rows[identifier]
+        assert (after.items.label(row), after.items.metadata[row]) == (label, metadata)
+        assert np.array_equal(after.items.embeddings[row], before.items.embeddings[before.rows[identifier]])
+        np.testing.assert_array_equal(after.items.positions[row], before.items.positions[before.rows[identifier]])
+    assert after.clusters.counts.tolist() == [21, 20, 20, 2]
+
+
+def test_what_cannot_be_edited_is_named(gallery: Gallery) -> None:
+    with pytest.raises(DataError, match="no item nowhere"):
+        gallery.edit("nowhere", metadata={})
+    with pytest.raises(DataError, match="cannot name a class"):
+        gallery.edit("0", label="a/b")
+    with pytest.raises(DataError, match="JSON"):
+        gallery.edit("0", metadata={"x": b"bytes"})
+    assert gallery.snapshot().items.metadata[0] == {"row": 0}
+
+
+def test_a_whole_class_may_be_forgotten(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "b", 2))
+    expected = {base.items.ids[row] for row in base.members("b")} | {"new 0", "new 1"}
+    assert set(gallery.remove(label="b")) == expected
+    assert gallery.snapshot().clusters.labels == ("a", "c")
+    with pytest.raises(DataError, match="no class 'b'"):
+        gallery.remove(label="b")
+
+
+def test_removing_tells_what_was_there(gallery: Gallery) -> None:
+    assert gallery.remove(["5", "nowhere", "5", "6"]) == ("5", "6")
+
+
+def test_search_finds_what_is_there_at_that_moment(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    (new,) = stored(clouds, "d", 1)
+    gallery.add([new])
+    (answer,) = gallery.search(new.embedding[None], 3)
+    assert (answer[0].id, answer[0].label, answer[0].metadata) == ("new 0", "d", {"row": 0})
+    assert answer[0].similarity == pytest.approx(1, abs=1e-6)
+    (answer,) = gallery.search(new.embedding[None], 100, labels=["b", "d"])
+    assert {near.label for near in answer} == {"b", "d"} and len(answer) == 21
+    (answer,) = gallery.search(new.embedding[None], 100, metadata={"row": 0})
+    assert [near.id for near in answer] == ["new 0", "0"]
+    gallery.remove(["new 0"])
+    assert gallery.search(new.embedding[None], 100, metadata={"row": 0})[0][0].id == "0"
+    with pytest.raises(ValueError, match="normalise"):
+        gallery.search(new.embedding[None] * 2, 1, labels=["b"])
+    with pytest.raises(ValueError, match="k is 0"):
+        gallery.search(new.embedding[None], 0, labels=["b"])
+
+
+def test_thumbnails_are_those_of_the_store_and_of_the_bundle(gallery: Gallery, base: Snapshot, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 2))
+    held = gallery.snapshot()
+    assert held.items.thumbnails[held.rows["new 0"]] == b"x"
+    assert held.items.thumbnails[held.rows["0"]] == base.items.thumbnails[0]
+    gallery.remove(["new 0"])
+    assert held.items.thumbnails[held.rows["new 0"]] == b""  # what is erased is gone for those who look back, too
+
+
+# A new foundation
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Foundations are renewed after three changes."""
+    monkeypatch.setattr(gallery_module, "MANY_CHANGES", 3)
+    monkeypatch.setattr(gallery_module, "LARGE_SHARE", 0)
+
+
+def settled(gallery: Gallery) -> LiveSnapshot:
+    thread = gallery._settling
+    assert thread is not None
+    thread.join()
+    snapshot = gallery.snapshot()
+    assert isinstance(snapshot, LiveSnapshot)
+    return snapshot
+
+
+@pytest.mark.usefixtures("eager")
+def test_many_changes_become_a_new_foundation(gallery: Gallery, clouds: Clouds) -> None:
+    gallery.add(stored(clouds, "d", 3))
+    gallery.remove(["0"])
+    before = gallery.snapshot()
+    assert isinstance(before, LiveSnapshot) and (before.foundation_size, before.weight) == (60, 4)
+    after = settled(gallery)
+    assert (after.foundation_size, after.weight) == (62, 0)
+    assert frozen(after) == frozen(before)
+
+
+@pytest.mark.usefixtures("eager")
+def test_changes_that_come_while_a_foundation_is_laid_are_laid_over_it(
+    gallery: Gallery, clouds: Clouds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, release = threading.Event(), threading.Event()
+    lay = LiveSnapshot.settled
+
+    def lay_slowly(snapshot: LiveSnapshot) -> LiveSnapshot:
+        started.set()
+        release.wait(10)
+        return lay(snapshot)
+
+    monkeypatch.setattr(LiveSnapshot, "settled", lay_slowly)
+    gallery.add(stored(clouds, "d", 4))
+    gallery.snapshot()
+    started.wait(10)
+    gallery.add(stored(clouds, "a", 2, prefix="later "))
+    gallery.remove(["new 0", "1"])
+    meanwhile = gallery.snapshot()
+    release.set()
+    after = settled(gallery)
+    assert (after.foundation_size, after.weight) == (64, 4)
+    assert frozen(after) == frozen(meanwhile)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_foundation_that_cannot_be_laid_leaves_the_gallery_as_it_is(
+    gallery: Gallery, clouds: Clouds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: LiveSnapshot) -> LiveSnapshot:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LiveSnapshot, "settled", fail)
+        gallery.add(stored(clouds, "d", 4))
+        gallery.snapshot()
+        assert settled(gallery).weight == 4
+    assert "could not be renewed" in caplog.text
+    gallery.add(stored(clouds, "d", 1, prefix="later "))
+    gallery.snapshot()
+    assert settled(gallery).weight == 0
+
+
+@pytest.mark.usefixtures("eager")
+def test_answers_stay_right_while_foundations_come_and_go(base: Snapshot, path: Path, clouds: Clouds) -> None:
+    """Two galleries as of two processes, each adding, removing and asking for what it has just been told is durable."""
+
+    def work(name: str) -> None:
+        with Gallery(base, Store(path, encoder="e")) as gallery:
+            for number in range(15):
+                new = stored(clouds, "abcd"[number % 4], 2, prefix=f"{name} {number} ", seed=number)
+                gallery.add(new)
+                # The other draws the same embeddings: either may be the nearest.
+                assert {near.id for near in gallery.search(new[0].embedding[None], 4)[0]} >= {new[0].id}
+                gallery.remove([new[0].id])
+                assert new[0].id not in gallery.snapshot().rows and new[1].id in gallery.snapshot().rows
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, ["one", "two"]))
+    with Gallery(base, Store(path, encoder="e")) as gallery:
+        assert len(gallery.snapshot().items) == 60 + 2 * 15
+
+
+def test_a_reader_who_is_far_behind_reads_everything_anew(
+    gallery: Gallery, base: Snapshot, path: Path, clouds: Clouds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "TOMBSTONES", 2)
+    gallery.add(stored(clouds, "d", 6))
+    assert len(gallery.snapshot().items) == 66
+    with Gallery(base, Store(path, encoder="e")) as other:
+        for number in range(5):
+            other.remove([f"new {number}"])
+    assert list(gallery.snapshot().rows)[60:] == ["new 5"]
+
+
+def test_one_image_is_one_item_however_often_it_is_enrolled(gallery: Gallery, clouds: Clouds) -> None:
+    (drawn,) = stored(clouds, "d", 1)
+    image = StoredItem(item_id(b"image"), "d", drawn.embedding, {"n": 1}, b"", b"image")
+    gallery.add([image])
+    gallery.add([replace(image, label="a", metadata={"n": 2})])
+    snapshot = gallery.snapshot()
+    row = snapshot.rows[image.id]
+    assert (len(snapshot.items), snapshot.items.label(row), snapshot.items.metadata[row]) == (61, "a", {"n": 2})
+    assert "d" not in snapshot.clusters.labels
+    assert gallery.original(image.id) == b"image" and gallery.original("0") is None
+    assert gallery.enrolled_ids() == {image.id}
+    with pytest.raises(DataError, match="has an original whose id is"):
+        gallery.add([replace(image, id="another")])
 
 
 # Items and their file

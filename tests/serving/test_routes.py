@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from coterie.bundle import Bundle
+from coterie.errors import StoreBusyError, StoreError
 from coterie.images import Limits
 from coterie.store import StoredItem
 from serving import engine as engine_module
@@ -182,6 +183,29 @@ def test_what_is_enrolled_counts_at_the_next_request(engine: Engine, client: Tes
     assert entry["label"] == "8"
     assert {row["label"]: row["count"] for row in client.get("/v1/classes").json()["data"]}["8"] == 5
     error_of(client.get("/v1/gallery/item0/thumbnail"), 404)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retry_after"),
+    [(StoreBusyError("/secret is held"), "gallery_busy", "1"), (StoreError("/secret"), "gallery_unavailable", None)],
+)
+def test_a_gallery_that_cannot_be_read_is_503(
+    engine: Engine,
+    client: TestClient,
+    digit_images,
+    monkeypatch: pytest.MonkeyPatch,
+    error: StoreError,
+    code: str,
+    retry_after: str | None,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(engine._gallery, "snapshot", fail)
+    for response in (client.post("/v1/classify", content=digit_images.images[0]), client.get("/v1/classes")):
+        assert error_of(response, 503)["code"] == code
+        assert response.headers.get("Retry-After") == retry_after
+        assert "secret" not in response.text
 
 
 def test_what_is_served_can_be_read(client: TestClient, tiny_bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CoterieError, DeviceError
+from coterie.store import StoreOptions
 from serving.settings import Settings
 
 
@@ -47,6 +48,21 @@ def test_threads() -> None:
 def test_no_such_device(device: str) -> None:
     with pytest.raises(DeviceError, match="COTERIE_DEVICE"):
         Settings.from_environment({"COTERIE_DEVICE": device})
+
+
+def test_how_enrolled_images_are_kept() -> None:
+    assert Settings.from_environment({}).store == StoreOptions()
+    changed = Settings.from_environment({"COTERIE_ORIGINALS": "0", "COTERIE_CLASS_QUOTA": "50"}).store
+    assert (changed.originals, changed.class_quota) == (False, 50)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("COTERIE_ORIGINALS", "maybe"), *(("COTERIE_CLASS_QUOTA", value) for value in ("0", "-1", "many", "1.5"))],
+)
+def test_what_a_variable_cannot_be(variable: str, value: str) -> None:
+    with pytest.raises(CoterieError, match=f"{variable} is '{value}'"):
+        Settings.from_environment({variable: value})
 
 
 def test_usage_tracking_is_off_even_if_bentoml_has_asked_before() -> None:

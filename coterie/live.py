@@ -1,0 +1,156 @@
+"""A snapshot of a gallery that changes: a large foundation, and above it the rows that are newer.
+
+A change makes the next snapshot out of this one in time that does not depend on the foundation's size. Now and then,
+in the background, all rows become a new foundation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.changes import Changes, KeptItem
+from coterie.clusters import ClassClusters
+from coterie.layers import Gaps, LayeredIndex
+from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById
+from coterie.metadata import Values
+from coterie.snapshot import Snapshot, join_clusters, place_class
+
+__all__ = ["LiveSnapshot"]
+
+Placing = Callable[[], ClassClusters | None]
+
+
+class LiveSnapshot(Snapshot):
+    """A snapshot that knows its successor; the first is made by `LiveSnapshot.of`.
+
+    Args:
+        base: the bundle's own gallery.
+        foundation, newer: the two layers.
+        placed: clusters as they were before the classes of `placing` changed.
+        placing: finds the cluster of each class that has changed since, when clusters are first asked for.
+        picture: gives the thumbnail of an id.
+    """
+
+    def __init__(
+        self,
+        base: Snapshot,
+        foundation: Snapshot,
+        newer: Newer,
+        placed: ClassClusters,
+        placing: Mapping[str, Placing],
+        sequence: int,
+        picture: Picture,
+    ) -> None:
+        self._base, self._foundation, self._newer, self._picture = base, foundation, newer, picture
+        self._placed, self._placing = placed, placing
+        self._live = LiveItems(foundation, newer, picture)
+        self.items, self.sequence = self._live, sequence
+
+    @classmethod
+    def of(cls, base: Snapshot, picture: Picture) -> "LiveSnapshot":
+        """The bundle's own gallery, without any change."""
+        return cls(base, base, Newer.none(base.items.dim), base.clusters, {}, 0, picture)
+
+    @property
+    def weight(self) -> int:
+        """How many rows were added or removed since the foundation was laid."""
+        return len(self._newer.ids) + len(self._newer.gaps.dead)
+
+    @property
+    def foundation_size(self) -> int:
+        return len(self._foundation.items)
+
+    @cached_property
+    def clusters(self) -> ClassClusters:
+        return join_clusters(self._placed, {label: place() for label, place in self._placing.items()})
+
+    @cached_property
+    def index(self) -> LayeredIndex:
+        return LayeredIndex(self._foundation.index, self._newer.vectors.array, self._newer.gaps)
+
+    @cached_property
+    def classes(self) -> NDArray[np.int64]:
+        names = np.asarray(self.clusters.labels, dtype=np.str_)
+        # A name that is no more stands for nothing but removed rows.
+        renumbered = np.searchsorted(names, np.asarray(self._foundation.clusters.labels, dtype=np.str_))
+        newer = np.searchsorted(names, np.asarray(self._newer.labels, dtype=np.str_))
+        both = np.concatenate([renumbered[self._foundation.classes], newer])
+        return both[self._live.left] if len(self._newer.gaps.dead) else both
+
+    @cached_property
+    def rows(self) -> Mapping[str, int]:
+        return RowsById(self._live)
+
+    @cached_property
+    def values(self) -> Values:
+        return LayeredValues(self._foundation.values, len(self._foundation.items), self._newer)
+
+    def changed(self, changes: Changes) -> "LiveSnapshot":
+        """This snapshot with the changes after its sequence."""
+        items = [item for item in changes.items if item.embedding is not None or item.id in self._base.rows]
+        dead, touched = [], {item.label for item in items}
+        for identifier in chain(changes.removed, (item.id for item in items)):
+            place = self._live.place(identifier)
+            if place is not None:
+                dead.append(place)
+                touched.add(self._live.label_at(place))
+        newer = self._newer_with(items, dead)
+        done = "clusters" in self.__dict__  # then they need not be found again
+        placing: dict[str, Placing] = {
+            **({} if done else self._placing),
+            **{label: partial(_place, self._base, self._foundation, newer, label) for label in touched},
+        }
+        placed = self.clusters if done else self._placed
+        return LiveSnapshot(self._base, self._foundation, newer, placed, placing, changes.sequence, self._picture)
+
+    def settled(self) -> "LiveSnapshot":
+        """The same rows, all of them foundation, with everything at hand that a search needs."""
+        items = self._live.whole()
+        foundation = Snapshot(items, self.clusters, self.sequence)
+        foundation.index, foundation.classes, foundation.rows  # noqa: B018  cached properties
+        newer = Newer.none(items.dim)
+        return LiveSnapshot(self._base, foundation, newer, self.clusters, {}, self.sequence, self._picture)
+
+    def _newer_with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
+        """The upper layer with `items` added, and without the rows at the places `dead`, in either layer."""
+        newer, base, below = self._newer, self._base.items, len(self._foundation.items)
+        own = [self._base.rows.get(item.id) for item in items]
+        vectors = [
+            base.embeddings[row] if item.embedding is None else item.embedding
+            for item, row in zip(items, own, strict=True)
+        ]
+        nowhere = np.full(2, np.nan, dtype=np.float32)
+        positions = [nowhere if row is None else base.positions[row] for row in own]
+        places = dict(newer.places)
+        for place in dead:
+            if place >= below:
+                del places[newer.ids[place - below]]
+        members: dict[str, tuple[int, ...]] = dict(newer.members)
+        added: dict[str, list[int]] = {}
+        for row, item in enumerate(items, len(newer.ids)):
+            places[item.id] = below + row
+            added.setdefault(item.label, []).append(row)
+        members.update((label, newer.members.get(label, ()) + tuple(rows)) for label, rows in added.items())
+        return Newer(
+            ids=newer.ids + tuple(item.id for item in items),
+            labels=newer.labels + tuple(item.label for item in items),
+            metadata=newer.metadata + tuple(item.metadata for item in items),
+            positions=np.concatenate([newer.positions, *(position[None] for position in positions)]),
+            vectors=newer.vectors.with_rows(np.stack(vectors)) if vectors else newer.vectors,
+            gaps=Gaps(np.sort(np.append(newer.gaps.dead, np.asarray(dead, dtype=np.int64)))) if dead else newer.gaps,
+            places=places,
+            members=members,
+        )
+
+
+def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
+    """The cluster of a class whose items have changed."""
+    below = len(foundation.items)
+    older = newer.gaps.left(foundation.members(label))
+    above = newer.gaps.left(below + np.asarray(newer.members.get(label, ()), dtype=np.int64)) - below
+    ids = [foundation.items.ids[row] for row in older.tolist()] + [newer.ids[row] for row in above.tolist()]
+    members = np.concatenate([foundation.items.embeddings[older], newer.vectors.array[above]])
+    return place_class(base, label, ids, members)

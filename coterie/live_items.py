@@ -1,0 +1,215 @@
+"""The rows of a gallery in two layers: a foundation that stays as it is, and above it those that are newer.
+
+Single rows are looked up where they lie; whole columns are put together when they are asked for.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, compress
+from operator import index
+from typing import Any, Generic, SupportsIndex, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.items import Column, GalleryItems, products
+from coterie.layers import Gaps, GrowingRows
+from coterie.metadata import Values
+from coterie.snapshot import Snapshot
+
+__all__ = ["LayeredValues", "LiveItems", "Newer", "Picture", "RowsById"]
+
+Entry = TypeVar("Entry")
+Scalar = TypeVar("Scalar", bound=np.generic)
+Picture = Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Newer:
+    """The rows above the foundation, and the places of removed rows in either; columns as in GalleryItems."""
+
+    ids: tuple[str, ...]
+    labels: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+    positions: NDArray[np.float32]
+    vectors: GrowingRows
+    gaps: Gaps
+    places: Mapping[str, int]  # of ids that are left
+    members: Mapping[str, tuple[int, ...]]  # rows of each label, left or removed
+
+    @classmethod
+    def none(cls, dim: int) -> "Newer":
+        positions = np.empty((0, 2), dtype=np.float32)
+        return cls((), (), (), positions, GrowingRows(dim), Gaps(np.empty(0, dtype=np.int64)), {}, {})
+
+
+class LiveItems:
+    """The rows of a live snapshot; a `coterie.items.Items`."""
+
+    def __init__(self, foundation: Snapshot, newer: Newer, picture: Picture) -> None:
+        self._foundation, self._newer, self._picture = foundation, newer, picture
+        self._below = len(foundation.items)
+
+    def __len__(self) -> int:
+        return self._below + len(self._newer.ids) - len(self._newer.gaps.dead)
+
+    @property
+    def ids(self) -> Column[str]:
+        return _LayeredColumn(self, self._foundation.items.ids, self._newer.ids)
+
+    @property
+    def metadata(self) -> Column[dict[str, Any]]:
+        return _LayeredColumn(self, self._foundation.items.metadata, self._newer.metadata)
+
+    @property
+    def thumbnails(self) -> Column[bytes]:
+        return _Pictures(self.ids, self._picture)
+
+    @cached_property
+    def labels(self) -> NDArray[np.str_]:
+        return self._joined(self._foundation.items.labels, np.asarray(self._newer.labels, dtype=np.str_))
+
+    @cached_property
+    def embeddings(self) -> NDArray[np.float32]:
+        return self._joined(self._foundation.items.embeddings, self._newer.vectors.array)
+
+    @cached_property
+    def positions(self) -> NDArray[np.float32]:
+        return self._joined(self._foundation.items.positions, self._newer.positions)
+
+    @cached_property
+    def left(self) -> NDArray[np.bool_]:
+        """Which places have a row."""
+        left = np.ones(self._below + len(self._newer.ids), dtype=bool)
+        left[self._newer.gaps.dead] = False
+        return left
+
+    def _joined(self, older: NDArray[Scalar], newer: NDArray[Scalar]) -> NDArray[Scalar]:
+        both = np.concatenate([older, newer])
+        return both[self.left] if len(self._newer.gaps.dead) else both
+
+    def label(self, row: int) -> str:
+        return self.label_at(self._newer.gaps.place(row))
+
+    def label_at(self, place: int) -> str:
+        """The label of the row at a place, left or removed."""
+        if place < self._below:
+            return self._foundation.items.label(place)
+        return self._newer.labels[place - self._below]
+
+    def place(self, identifier: str) -> int | None:
+        """Where the item of this id stands, if it is in the gallery."""
+        place = self._newer.places.get(identifier)
+        if place is None:
+            place = self._foundation.rows.get(identifier)
+        return place if place is not None and self.left[place] else None
+
+    def row(self, place: int) -> int:
+        return self._newer.gaps.row(place)
+
+    @property
+    def dim(self) -> int:
+        return self._foundation.items.dim
+
+    def similarities(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        places = self._newer.gaps.places(rows)
+        below = places < self._below
+        found = np.empty((len(queries), len(rows)), dtype=np.float32)
+        found[:, below] = self._foundation.items.similarities(queries, places[below])
+        found[:, ~below] = products(queries, self._newer.vectors.array, places[~below] - self._below)
+        return found
+
+    def select(self, rows: NDArray[np.int64]) -> GalleryItems:
+        ids = tuple(self.ids[row] for row in rows.tolist())
+        return GalleryItems(
+            ids=ids,
+            labels=self.labels[rows],
+            embeddings=self.embeddings[rows],
+            positions=self.positions[rows],
+            thumbnails=_Pictures(ids, self._picture),
+            metadata=tuple(self.metadata[row] for row in rows.tolist()),
+        )
+
+    def whole(self) -> GalleryItems:
+        """All rows; nothing that was put together for it stays behind here."""
+        ids, old, newer = tuple(self.ids), self._foundation.items, self._newer
+        return GalleryItems(
+            ids=ids,
+            labels=self._joined(old.labels, np.asarray(newer.labels, dtype=np.str_)),
+            embeddings=self._joined(old.embeddings, newer.vectors.array),
+            positions=self._joined(old.positions, newer.positions),
+            thumbnails=_Pictures(ids, self._picture),
+            metadata=tuple(self.metadata),
+        )
+
+    def entry(self, row: SupportsIndex, older: Column[Entry], newer: Column[Entry]) -> Entry:
+        """A row's entry of a column."""
+        number = index(row)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no row {number} in {len(self)}")
+        place = self._newer.gaps.place(number % len(self))
+        return older[place] if place < self._below else newer[place - self._below]
+
+
+class _LayeredColumn(Generic[Entry]):
+    """A column of two layers, without the removed rows."""
+
+    def __init__(self, items: LiveItems, older: Column[Entry], newer: Column[Entry]) -> None:
+        self._items, self._older, self._newer = items, older, newer
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return compress(chain(self._older, self._newer), self._items.left.tolist())
+
+    def __getitem__(self, row: SupportsIndex) -> Entry:
+        return self._items.entry(row, self._older, self._newer)
+
+
+class _Pictures:
+    """Thumbnails, fetched one by one: all of a gallery's would fill the memory."""
+
+    def __init__(self, ids: Column[str], picture: Picture) -> None:
+        self._ids, self._picture = ids, picture
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._picture, self._ids)
+
+    def __getitem__(self, row: SupportsIndex) -> bytes:
+        return self._picture(self._ids[row])
+
+
+class RowsById(Mapping[str, int]):
+    """Row numbers by id."""
+
+    def __init__(self, items: LiveItems) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items.ids)
+
+    def __getitem__(self, identifier: str) -> int:
+        place = self._items.place(identifier)
+        if place is None:
+            raise KeyError(identifier)
+        return self._items.row(place)
+
+
+class LayeredValues(Values):
+    """Metadata of two layers, without the removed rows."""
+
+    def __init__(self, older: Values, below: int, newer: Newer) -> None:
+        super().__init__(newer.metadata)
+        self._older, self._below, self._gaps = older, below, newer.gaps
+
+    def rows(self, key: str, value: Any) -> NDArray[np.int64]:
+        places = np.concatenate([self._older.rows(key, value), super().rows(key, value) + self._below])
+        return self._gaps.rows(self._gaps.left(places))
