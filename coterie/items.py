@@ -82,12 +82,12 @@ class GalleryItems:
         metadata: one mapping each.
     """
 
-    ids: tuple[str, ...]
+    ids: Column[str]
     labels: NDArray[np.str_]
     embeddings: NDArray[np.float32]
     positions: NDArray[np.float32]
     thumbnails: Column[bytes]
-    metadata: tuple[dict[str, Any], ...]
+    metadata: Column[dict[str, Any]]
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -143,12 +143,12 @@ class GalleryItems:
 
     def __add__(self, other: "GalleryItems") -> "GalleryItems":
         return GalleryItems(
-            ids=self.ids + other.ids,
+            ids=(*self.ids, *other.ids),
             labels=np.concatenate([self.labels, other.labels]),
             embeddings=np.concatenate([self.embeddings, other.embeddings]),
             positions=np.concatenate([self.positions, other.positions]),
             thumbnails=(*self.thumbnails, *other.thumbnails),
-            metadata=self.metadata + other.metadata,
+            metadata=(*self.metadata, *other.metadata),
         )
 
     def write(self, path: Path) -> None:
@@ -156,7 +156,7 @@ class GalleryItems:
         dim = self.embeddings.shape[1]
         table = pa.table(
             {
-                "id": pa.array(self.ids, pa.string()),
+                "id": pa.array(list(self.ids), pa.string()),
                 "label": pa.array(self.labels.tolist(), pa.string()),
                 "embedding": pa.FixedSizeListArray.from_arrays(self.embeddings.ravel(), dim),
                 "position": pa.FixedSizeListArray.from_arrays(self.positions.ravel(), 2),

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
+from coterie.items import Items
 from coterie.layers import Gaps, LayeredIndex
-from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById
+from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById, SettledRows
 from coterie.metadata import Values
 from coterie.snapshot import Snapshot, join_clusters, place_class
 
@@ -108,10 +109,10 @@ class LiveSnapshot(Snapshot):
 
     def settled(self) -> "LiveSnapshot":
         """The same rows, all of them foundation, with everything at hand that a search needs."""
-        items = self._live.whole()
-        foundation = Snapshot(items, self.clusters, self.sequence)
-        foundation.index, foundation.classes, foundation.rows  # noqa: B018  cached properties
-        newer = Newer.none(items.dim)
+        rows = SettledRows.after(self._foundation.rows, self._live, self._newer)
+        foundation = _Foundation(self._live.whole(), self.clusters, self.sequence, self.classes, rows)
+        foundation.index  # noqa: B018  a cached property
+        newer = Newer.none(self.items.dim)
         return LiveSnapshot(self._base, foundation, newer, self.clusters, {}, self.sequence, self._picture)
 
     def _newer_with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
@@ -144,6 +145,29 @@ class LiveSnapshot(Snapshot):
             places=places,
             members=members,
         )
+
+
+class _Foundation(Snapshot):
+    """A snapshot whose classes and row numbers are known already."""
+
+    def __init__(
+        self,
+        items: Items,
+        clusters: ClassClusters,
+        sequence: int,
+        classes: NDArray[np.int64],
+        rows: Mapping[str, int],
+    ) -> None:
+        super().__init__(items, clusters, sequence)
+        self._classes, self._rows = classes, rows
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        return self._classes
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        return self._rows
 
 
 def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:

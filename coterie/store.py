@@ -21,7 +21,7 @@ from coterie import store_schema as schema
 from coterie.backup import back_up
 from coterie.changes import Changes, Edit, KeptItem, Lacking, StoredItem
 from coterie.committer import Committer
-from coterie.errors import DataError, QuotaError, StoreBusyError, StoreError
+from coterie.errors import CoterieError, DataError, QuotaError, StoreBusyError, StoreError
 from coterie.originals import Originals
 
 __all__ = ["CLASS_QUOTA", "Changes", "Edit", "Store", "StoreOptions", "StoredItem"]
@@ -65,8 +65,12 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._reader = self._connect()
-            self._encoder = schema.prepare(self._reader, encoder)
-            self._reader.execute("PRAGMA query_only = ON")
+            try:
+                self._encoder = schema.prepare(self._reader, encoder)
+                self._reader.execute("PRAGMA query_only = ON")
+            except sqlite3.Error:
+                self._reader.close()
+                raise
         except sqlite3.Error as error:
             raise self._error(error, "opened") from error
         except OSError as error:
@@ -132,7 +136,12 @@ class Store:
             db.executemany("DELETE FROM removed WHERE id = ?", [(item.id,) for item in items])
             self._hold_quota(db, {item.label for item in items})
 
-        self._committer.run(change)
+        try:
+            self._committer.run(change)
+        except CoterieError:
+            # What was refused must not fill the disk either.
+            self._delete_originals([sha256 for sha256 in originals if sha256 is not None], must=False)
+            raise
 
     def edit(self, edits: Sequence[Edit]) -> None:
         if not edits:
@@ -220,8 +229,8 @@ class Store:
                     f"{self._options.class_quota:,}: remove some of them, or raise it"
                 )
 
-    def _delete_originals(self, names: Sequence[str]) -> None:
-        """Delete the files that no row names."""
+    def _delete_originals(self, names: Sequence[str], *, must: bool = True) -> None:
+        """Delete the files that no row names. Unless they must go now, what cannot be done is left to the next opening."""
         if not names:
             return
 
@@ -231,12 +240,16 @@ class Store:
                 if not db.execute("SELECT 1 FROM items WHERE original = ?", (name,)).fetchone():
                     self._originals.delete(name)
 
-        self._committer.run(change)
+        try:
+            self._committer.run(change)
+        except StoreError:
+            if must:
+                raise
 
     def _sweep(self) -> None:
         """Remove what a process that was killed half way has left: files without a row, and erased rows in the log."""
         wanted = {name for (name,) in self._read("SELECT original FROM items WHERE original IS NOT NULL")}
-        self._delete_originals([name for name in self._originals.names() if name not in wanted])
+        self._delete_originals([name for name in self._originals.names() if name not in wanted], must=False)
         self._originals.sweep_abandoned()
 
     def _error(self, error: sqlite3.Error, done: str) -> StoreError:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from coterie import live_items as live_items_module
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
@@ -189,6 +190,19 @@ def test_changes_in_any_order_give_what_they_say(steps: list[tuple[str, str, str
         assert other.clusters.labels == expected.labels
         for column in ("prototypes", "radii", "counts", "bounds"):
             assert np.array_equal(getattr(other.clusters, column), getattr(expected, column)), column
+
+
+@pytest.mark.parametrize("idle", [0, 10**6], ids=["numbers given anew", "numbers kept"])
+def test_ids_are_found_after_any_number_of_foundations(idle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_items_module, "IDLE_NUMBERS", idle)
+    base, model = base_of(BASE), Model(dict(BASE))
+    snapshot = LiveSnapshot.of(base, lambda name: f"picture of {name}".encode())
+    for turn in range(20):
+        for identifier in ("3", "n1", f"n{turn}"):
+            model.apply("add", identifier, "a", turn)
+        model.apply("remove", str(turn % 12), "", 0)
+        snapshot = snapshot.changed(model.changes(snapshot.sequence)).settled()
+        check(snapshot, model, base)
 
 
 def test_a_class_that_nobody_has_is_named() -> None:

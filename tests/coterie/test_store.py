@@ -270,6 +270,29 @@ def test_files_without_a_row_are_swept_at_the_next_opening(store: Store, path: P
     assert store.original(item_id(b"one image")) == b"one image"
 
 
+def test_what_is_refused_leaves_no_file(path: Path) -> None:
+    store = Store(path, encoder="e", options=StoreOptions(class_quota=1))
+    store.add([image(b"one image")])
+    for _ in range(2):
+        with pytest.raises(QuotaError):
+            store.add([image(b"one image"), image(b"another")])
+    (left,) = (file for file in path.with_name("originals").rglob("*") if file.is_file())
+    assert left.read_bytes() == b"one image"
+
+
+def test_a_sweep_waits_for_nobody(path: Path) -> None:
+    options = StoreOptions(busy_seconds=0.05)
+    store = Store(path, encoder="e", options=options)
+    orphan = store._originals.write(b"left by a kill")
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    Store(path, encoder="e", options=options).close()
+    assert store._originals.has(orphan)
+    writer.execute("ROLLBACK")
+    Store(path, encoder="e", options=options).close()
+    assert not store._originals.has(orphan)
+
+
 def test_a_sweep_does_not_take_away_what_is_just_being_added(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
