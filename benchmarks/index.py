@@ -13,6 +13,7 @@ are not asked for stay in FILE. Exits with 1 where a goal is missed. `benchmarks
 import argparse
 import json
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -195,7 +196,10 @@ def million(runs: int) -> tuple[dict[str, Any], dict[str, bool]]:
     goals["classes apart: 30 times exact throughput, 256 at once"] = apart["256"]["faster"] >= 30
     goals["classes apart: id recall of 20 at least 0.95"] = apart["id_recall"] >= 0.95
     goals["packed classes: label agreement at least 0.999"] = packed["label_agreement"] >= 0.999
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print("ms of one query, exact and approximate; times as fast, one query and 256; on 1,000 new queries")
+    print(f"peak memory {peak:.1f} GB")
+    found["peak_gigabytes"] = peak
     return found, goals
 
 

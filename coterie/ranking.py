@@ -31,10 +31,11 @@ def check_unit_vectors(vectors: ArrayLike, dim: int | None = None) -> NDArray[np
         checked = np.ascontiguousarray(vectors, dtype=np.float32)
         if checked.ndim != 2 or (dim is not None and checked.shape[1] != dim):
             raise ValueError(f"vectors must have shape (n, {dim or 'd'}), not {checked.shape}")
-        lengths = np.sqrt(np.einsum("nd,nd->n", checked, checked))
-    bad = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
-    if len(bad):
-        raise ValueError(f"row {bad[0]} has length {lengths[bad[0]]}, not 1: normalise the vectors first")
+        lengths = np.sqrt(np.vecdot(checked, checked))
+    sound = np.abs(lengths - 1) < 1e-3
+    if not sound.all():
+        bad = sound.argmin()
+        raise ValueError(f"row {bad} has length {lengths[bad]}, not 1: normalise the vectors first")
     return checked
 
 
@@ -48,11 +49,14 @@ def ranked(
         near as the k-th, because the last candidate hardly is farther.
     """
     step = max(1, BLOCK // rows.shape[1] // vectors.shape[1])
-    blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
-    keys = np.concatenate([_keys(queries[block], vectors, rows[block]) for block in blocks])
+    if len(rows) > step:
+        blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
+        keys = np.concatenate([_keys(queries[block], vectors, rows[block]) for block in blocks])
+    else:
+        keys = _keys(queries, vectors, rows)
     keys.sort(axis=1)
-    gaps = (keys[:, -1] >> ROW_BITS) - (keys[:, k - 1] >> ROW_BITS)
-    return *_unpacked(keys[:, :k]), np.flatnonzero(gaps <= DOUBT)
+    doubtful = keys[:, -1] - keys[:, k - 1] < (DOUBT + 1) << ROW_BITS
+    return *_unpacked(keys[:, :k]), doubtful.nonzero()[0]
 
 
 def scanned(
@@ -77,15 +81,17 @@ def largest(similarities: NDArray[np.float32], rows: NDArray[np.int64], count: i
     return np.take_along_axis(rows, np.argpartition(similarities, -count, axis=1)[:, -count:], 1)
 
 
-def _keys(queries: NDArray[np.float32], vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _keys(queries: NDArray[np.float32], vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Numbers that sort by similarity in millionths, then by row, for candidate `rows` (m, c); -1 comes last."""
     candidates = vectors.take(rows, axis=0, mode="wrap").astype(np.float64)  # (m, c, d)
-    similarities = np.einsum("mcd,md->mc", candidates, queries.astype(np.float64))
+    similarities = np.vecdot(candidates, queries.astype(np.float64)[:, None, :])
     distances = 2 * MILLION - np.rint(similarities * MILLION).astype(np.int64)
-    return np.where(rows < 0, np.iinfo(np.int64).max, (distances << ROW_BITS) | rows)
+    keys: NDArray[np.uint64] = ((distances << ROW_BITS) | rows).view(np.uint64)  # -1 becomes the largest number
+    return keys
 
 
-def _unpacked(keys: NDArray[np.int64]) -> Found:
+def _unpacked(keys: NDArray[np.uint64]) -> Found:
     """Similarities and rows of `_keys`."""
-    similarities = (2 * MILLION - (keys >> ROW_BITS)) / MILLION
-    return similarities.astype(np.float32), keys & ((1 << ROW_BITS) - 1)
+    whole = keys.view(np.int64)
+    similarities = (2 * MILLION - (whole >> ROW_BITS)) / MILLION
+    return similarities.astype(np.float32), whole & ((1 << ROW_BITS) - 1)
