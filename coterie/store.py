@@ -230,7 +230,7 @@ class Store:
                 )
 
     def _delete_originals(self, names: Sequence[str], *, must: bool = True) -> None:
-        """Delete the files that no row names. Unless they must go now, what cannot be done is left to the next opening."""
+        """Delete the files that no row names; unless they must go now, the next opening does what cannot be done."""
         if not names:
             return
 
