@@ -10,6 +10,10 @@ BFIndex, usearch.search(exact=True), scikit-learn's brute force, qdrant-client i
 Chroma has none: its graph gets more candidates than its default of 100, and the recall that it reaches is printed. One
 thread each but for LanceDB, which keeps its own. Payloads and vectors are not asked for where that can be said. Exits
 with 1 where another library is faster at recall 1.
+
+Two cores of a shared AMD EPYC, beside other work, 100 queries, ms at 20 k and 200 k, all at recall 1: coterie 0.64 and
+3.77, hnswlib 0.80 and 7.88, usearch 1.69 and 20.2, scikit-learn 2.31 and 31.3, qdrant-client 2.22 and 43.6, LanceDB
+5.64 and 107, Chroma 3.74 and 5.01.
 """
 
 import argparse
