@@ -230,7 +230,7 @@ class Store:
                 )
 
     def _delete_originals(self, names: Sequence[str], *, must: bool = True) -> None:
-        """Delete the files that no row names; unless they must go now, the next opening does what cannot be done."""
+        """Delete the files that no row names; if they need not go now, the next opening may do it."""
         if not names:
             return
 
