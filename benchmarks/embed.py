@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from coterie.bundle import FORMAT, Bundle, EncoderCard, Manifest, write_bundle
-from coterie.classifier import calibrate
+from coterie.calibration import calibrate
 from coterie.clusters import ClassClusters
 from coterie.dataset import read_images, read_pixels
 from coterie.encoder import Encoder

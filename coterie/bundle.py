@@ -36,7 +36,7 @@ from coterie.store import Store, StoreOptions
 
 __all__ = ["Bundle", "EncoderCard", "FileEntry", "Manifest", "write_bundle"]
 
-FORMAT = 1
+FORMAT = 2
 MODEL, GALLERY, CLUSTERS, CARD = "model.onnx", "gallery.parquet", "clusters.parquet", "README.md"
 MANIFEST = "manifest.json"
 FILES = frozenset({MODEL, GALLERY, CLUSTERS, CARD})
@@ -313,14 +313,16 @@ def _sha256(path: Path) -> str:
 
 
 def _write_clusters(clusters: ClassClusters, path: Path) -> None:
-    dim = clusters.prototypes.shape[1]
+    """One row for each prototype; what belongs to its class stands in each of them."""
+    dim, owners = clusters.prototypes.shape[1], clusters.owners
     table = pa.table(
         {
-            "label": pa.array(clusters.labels, pa.string()),
+            "label": pa.array([clusters.labels[row] for row in owners], pa.string()),
             "prototype": pa.FixedSizeListArray.from_arrays(clusters.prototypes.ravel(), dim),
             "radius": pa.array(clusters.radii, pa.float32()),
-            "count": pa.array(clusters.counts, pa.int64()),
-            "bound": pa.array(clusters.bounds, pa.float32()),
+            "count": pa.array(clusters.counts[owners], pa.int64()),
+            "spacing": pa.array(clusters.spacings[owners], pa.float32()),
+            "bound": pa.FixedSizeListArray.from_arrays(clusters.bounds[owners].ravel(), 2),
         }
     )
     pq.write_table(table, path, compression="zstd")
@@ -329,12 +331,17 @@ def _write_clusters(clusters: ClassClusters, path: Path) -> None:
 def _read_clusters(path: Path) -> ClassClusters:
     try:
         table = pq.read_table(path).combine_chunks()
+        labels, first, owners = np.unique(table["label"].to_pylist(), return_index=True, return_inverse=True)
+        if (np.diff(owners) < 0).any():
+            raise ValueError("its classes are not in order")
         return ClassClusters(
-            labels=tuple(table["label"].to_pylist()),
+            labels=tuple(labels.tolist()),
+            counts=table["count"].to_numpy()[first],
+            spacings=table["spacing"].to_numpy()[first],
+            bounds=matrix_column(table["bound"])[first],
             prototypes=matrix_column(table["prototype"]),
+            owners=owners,
             radii=table["radius"].to_numpy(),
-            counts=table["count"].to_numpy(),
-            bounds=table["bound"].to_numpy(),
         )
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} holds no class clusters: {error}") from error

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.bundle import MODEL, Bundle, Manifest, write_bundle
-from coterie.classifier import Calibration, calibrate, score
+from coterie.calibration import calibrate
+from coterie.classifier import Calibration, score
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
 from coterie.gallery import Gallery

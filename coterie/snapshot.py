@@ -174,7 +174,7 @@ def place_class(base: Snapshot, label: str, ids: Sequence[str], members: NDArray
         # Else the name is used anew, and forgets what it meant.
     # Of the other classes a new one needs to know how wide the widest is.
     others = [row for row in range(len(base.clusters)) if row != number]
-    widest = sorted(others, key=base.clusters.radii.__getitem__)[-1:]
+    widest = sorted(others, key=base.clusters.reaches.__getitem__)[-1:]
     placed = base.clusters.select(widest).with_class(label, members, embeddings)
     return placed.select([placed.labels.index(label)])
 
@@ -185,11 +185,4 @@ def join_clusters(clusters: ClassClusters, placed: Mapping[str, ClassClusters | 
         return clusters
     kept = clusters.select([row for row, label in enumerate(clusters.labels) if label not in placed])
     parts = [kept, *(one for one in placed.values() if one is not None)]
-    joined = ClassClusters(
-        labels=tuple(label for part in parts for label in part.labels),
-        prototypes=np.concatenate([part.prototypes for part in parts]),
-        radii=np.concatenate([part.radii for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        bounds=np.concatenate([part.bounds for part in parts]),
-    )
-    return joined.select(sorted(range(len(joined)), key=joined.labels.__getitem__))
+    return ClassClusters.joined(parts)

@@ -156,7 +156,7 @@ def _right(bundle: Bundle, snapshot: Snapshot, embeddings: np.ndarray, labels: n
     calibration = bundle.manifest.calibration
     scores = score(embeddings, snapshot, calibration)
     right = np.asarray(snapshot.clusters.labels)[scores.best] == labels
-    accepted = scores.accepted(snapshot.clusters.thresholds(calibration.limit(0.05)))
+    accepted = scores.accepted(calibration.limit(0.05))
     return float(right.mean()), float((right & accepted).mean())
 
 

@@ -73,7 +73,7 @@ def list_(
             entries = [
                 {"label": name, "items": count, "enrolled": added.count(name), "radius": round(radius, 4)}
                 for name, count, radius in zip(
-                    clusters.labels, clusters.counts.tolist(), clusters.radii.tolist(), strict=True
+                    clusters.labels, clusters.counts.tolist(), clusters.reaches.tolist(), strict=True
                 )
             ]
             table = Table(title=f"{opened.manifest.name}, {len(items):,} items")

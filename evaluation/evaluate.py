@@ -12,7 +12,16 @@ from coterie.classifier import Scores, score
 from coterie.dataset import LabelledPixels, Rejected, read_images, read_pixels
 from coterie.errors import DataError
 from coterie.gallery import Snapshot
-from coterie.metrics import auroc, confusion, false_positive_rate_at_95, top1
+from coterie.metrics import (
+    auroc,
+    average_precision,
+    confusion,
+    expected_calibration_error,
+    known_rejected_at_95,
+    oscr,
+    top1,
+    unknown_accepted_at_95,
+)
 from coterie.progress import progress_bar
 
 __all__ = ["ClassResult", "Evaluation", "Mistake", "Queries", "UnknownResult", "embed_folder", "evaluate"]
@@ -57,15 +66,19 @@ class UnknownResult:
 
     Attributes:
         images: how many unknown images.
-        auroc: of known against unknown, by deviation.
         accepted: share of the unknown that was given a label.
-        fpr95: share accepted where 95 % of the known are.
+        auroc, aupr, oscr: of known against unknown, by deviation; see coterie.metrics.
+        unknown_accepted_at_95: share of the unknown accepted where 95 % of the known are.
+        known_rejected_at_95: share of the known rejected where 95 % of the unknown are.
     """
 
     images: int
-    auroc: float
     accepted: float
-    fpr95: float
+    auroc: float
+    aupr: float
+    oscr: float
+    unknown_accepted_at_95: float
+    known_rejected_at_95: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Evaluation:
         top1: share of right labels, rejection ignored.
         accepted_top1: share of right labels that were accepted at `false_reject`: the served answer.
         false_rejected: share of all images called unknown.
+        ece: expected calibration error of the probabilities, 15 bins; see coterie.metrics.
         knn_top1, cluster_top1: by the weighted vote of 20 neighbours at T = 0.07 as DINO has it (arXiv 2104.14294),
             and by the most similar cluster alone.
         confusion: counts, rows true and columns predicted labels in the order of `classes`.
@@ -91,6 +105,7 @@ class Evaluation:
     top1: float
     accepted_top1: float
     false_rejected: float
+    ece: float
     knn_top1: float
     cluster_top1: float
     per_class: tuple[ClassResult, ...]
@@ -149,7 +164,7 @@ def evaluate(
     scores = score(queries.embeddings, snapshot, calibration)
     predicted = names[scores.best]
     right = predicted == truth
-    accepted = scores.accepted(snapshot.clusters.thresholds(calibration.limit(false_reject)))
+    accepted = scores.accepted(calibration.limit(false_reject))
     classes = tuple(sorted(set(truth.tolist()) | set(predicted.tolist())))
     return Evaluation(
         bundle=bundle.manifest.id,
@@ -160,6 +175,7 @@ def evaluate(
         top1=top1(predicted, truth),
         accepted_top1=float(np.mean(right & accepted)),
         false_rejected=float(np.mean(~accepted)),
+        ece=expected_calibration_error(scores.probabilities.max(axis=1), right),
         knn_top1=top1(names[_vote(queries.embeddings, snapshot)], truth),
         cluster_top1=top1(names[scores.cluster_similarities.argmax(axis=1)], truth),
         per_class=tuple(
@@ -174,7 +190,7 @@ def evaluate(
         confusion=tuple(tuple(row) for row in confusion(predicted, truth, classes).tolist()),
         mistakes=_mistakes(queries, predicted, scores),
         rejected=queries.images.rejected,
-        unknown=_unknown(scores, unknown, bundle, snapshot, false_reject) if unknown else None,
+        unknown=_unknown(scores, right, unknown, bundle, snapshot, false_reject) if unknown else None,
     )
 
 
@@ -213,14 +229,23 @@ def _mistakes(queries: Queries, predicted: NDArray[np.str_], scores: Scores, mos
     )
 
 
-def _unknown(known: Scores, unknown: Queries, bundle: Bundle, snapshot: Snapshot, false_reject: float) -> UnknownResult:
+def _unknown(
+    known: Scores,
+    right: NDArray[np.bool_],
+    unknown: Queries,
+    bundle: Bundle,
+    snapshot: Snapshot,
+    false_reject: float,
+) -> UnknownResult:
     calibration = bundle.manifest.calibration
     strangers = score(unknown.embeddings, snapshot, calibration)
-    thresholds = snapshot.clusters.thresholds(calibration.limit(false_reject))
-    closeness, strange = -known.deviations, -strangers.deviations
+    near, strange = -known.deviations, -strangers.deviations
     return UnknownResult(
         images=len(strange),
-        auroc=auroc(closeness, strange),
-        accepted=float(strangers.accepted(thresholds).mean()),
-        fpr95=false_positive_rate_at_95(closeness, strange),
+        accepted=float(strangers.accepted(calibration.limit(false_reject)).mean()),
+        auroc=auroc(near, strange),
+        aupr=average_precision(near, strange),
+        oscr=oscr(near, right, strange),
+        unknown_accepted_at_95=unknown_accepted_at_95(near, strange),
+        known_rejected_at_95=known_rejected_at_95(near, strange),
     )

@@ -1,5 +1,9 @@
 """The model card: what a person who is handed a bundle wants to know, in the form of Hugging Face's cards."""
 
+import math
+
+from scipy.stats import beta
+
 from coterie.bundle import EncoderCard, Manifest
 from coterie.classifier import Calibration
 
@@ -9,6 +13,8 @@ SHOWN_CLASSES = 50
 ORIGINS = {"weights": "weights", "dataset": "trained on", "gallery": "gallery"}
 MEASURES = {
     "held_out_top1": "top-1, rejection ignored",
+    "ece": "expected calibration error of the probabilities, 15 bins",
+    "ece_of_vote": "the same of the neighbours' plain vote",
     "knn_top1": "k-NN top-1",
     "knn_top1_fp32": "k-NN top-1 in fp32",
     "min_cosine_to_fp32": "smallest cosine to the embedding in fp32, gallery included",
@@ -65,10 +71,10 @@ curl --data-binary @image.png -H "Content-Type: image/png" http://127.0.0.1:3000
 For images like those of the gallery. Other cameras, light or framing than the gallery's are not covered by the numbers
 above: measure on images from where the bundle is to be used, and do so again when these change.
 
-An image is called unknown when it lies too far from the cluster of its most probable class: when the logarithm of its
-gap to the cluster, in units of the cluster's radius, is above the limit for the false-reject rate asked for. That rate
-is the share of images of known classes that are refused in error; how many images of unknown classes get a label is for
-`coterie evaluate --unknown` to say.
+An image is called unknown when it lies too far from {_nearness(calibration)} of its most probable class:
+when the logarithm of its gap, in units of what is typical of that class, is above the limit for the false-reject rate
+asked for. That rate is the share of images of known classes that are refused in error; how many images of unknown
+classes get a label is for `coterie evaluate --unknown` to say.
 
 {_rates(calibration)}
 
@@ -113,7 +119,11 @@ def _classes(classes: tuple[str, ...]) -> str:
 
 
 def _measured(manifest: Manifest) -> str:
-    accuracy, images = manifest.accuracy, manifest.calibration.images
+    calibration, images = manifest.calibration, manifest.calibration.images
+    accuracy = manifest.accuracy and manifest.accuracy | {
+        "ece": calibration.ece,
+        "ece_of_vote": calibration.ece_of_vote,
+    }
     rows = [f"| {text} | {accuracy[key]:.4f} |" for key, text in MEASURES.items() if key in accuracy]
     if not rows:
         return "Not measured since enrolled images became part of the gallery."
@@ -151,12 +161,19 @@ def _triple(values: tuple[float, float, float]) -> str:
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
+def _nearness(calibration: Calibration) -> str:
+    named = {0.0: "the cluster", 1.0: "the nearest item"}
+    return named.get(calibration.neighbor_share, "the cluster and the nearest item")
+
+
 def _rates(calibration: Calibration) -> str:
-    """The limits, and which rates the held-out images are too few to promise: (1 − rate)ⁿ > 1 − confidence."""
-    rows = ["| false-reject rate | limit | |", "|---|---|---|"]
+    """The limits, and in what range the rate of new images will be: with m of n above, Beta(m, n + 1 − m)."""
+    n = calibration.images
+    rows = ["| false-reject rate | limit | of new images, in nine bundles of ten |", "|---|---|---|"]
     for rate, limit in calibration.limits.items():
-        promised = (1 - float(rate)) ** calibration.images <= 1 - calibration.confidence
-        note = f"kept with {calibration.confidence:.0%} confidence" if promised else "too few images to promise it"
+        above = math.floor((n + 1) * float(rate) + 1e-9)
+        low, high = beta.ppf([0.05, 0.95], max(above, 1), n + 1 - max(above, 1))
+        note = f"{low:.1%} to {high:.1%}" if above else f"up to {high:.1%}: too few images to promise {float(rate):.0%}"
         rows.append(f"| {float(rate):.0%} | {limit:.3f} | {note} |")
     return "\n".join(rows)
 

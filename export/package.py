@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.bundle import FORMAT, Bundle, EncoderCard, Manifest, write_bundle
-from coterie.classifier import calibrate, score
+from coterie.calibration import calibrate
+from coterie.classifier import score
 from coterie.clusters import ClassClusters
 from coterie.dataset import LabelledPixels, read_images, read_pixels
 from coterie.encoder import Encoder

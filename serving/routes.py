@@ -88,7 +88,7 @@ async def classes(request: Request) -> Response:
     _query(request, schemas.NoQuery)
     engine = _engine(request)
     clusters = (await asyncio.to_thread(engine.gallery)).clusters
-    rows = zip(clusters.labels, clusters.counts.tolist(), clusters.radii.tolist(), strict=True)
+    rows = zip(clusters.labels, clusters.counts.tolist(), clusters.reaches.tolist(), strict=True)
     return await _json(
         len(clusters),
         lambda: schemas.ClassList(
@@ -293,4 +293,6 @@ def _classification_entry(index: int, answer: Classification) -> schemas.Classif
             )
             for near in answer.neighbors
         ],
+        calibration=answer.calibration,
+        snapshot=answer.snapshot,
     )

@@ -115,7 +115,13 @@ class NeighborEntry(BaseModel):
 
 
 class ClassificationEntry(BaseModel):
-    """One image's answer; `label` is null where it is not known, and `classes` lists the nearest all the same."""
+    """One image's answer; `label` is null where it is not known, and `classes` lists the nearest all the same.
+
+    Attributes:
+        similarity: to the most probable class, its cluster and its nearest item joined; `threshold` is the least that
+            is accepted.
+        calibration, snapshot: by what it was decided: the calibration's id, and the gallery's last change.
+    """
 
     object: Literal["classification"] = "classification"
     index: int
@@ -126,6 +132,8 @@ class ClassificationEntry(BaseModel):
     similarity: float
     classes: list[ClassScoreEntry]
     neighbors: list[NeighborEntry]
+    calibration: str
+    snapshot: int
 
 
 class ClassificationList(BaseModel):
@@ -135,6 +143,8 @@ class ClassificationList(BaseModel):
 
 
 class ClassEntry(BaseModel):
+    """A class; `radius` is the typical gap, 1 − similarity, of its images to its widest prototype."""
+
     object: Literal["class"] = "class"
     label: str
     count: int

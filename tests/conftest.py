@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from coterie.bundle import FORMAT, Bundle, EncoderCard, Manifest, write_bundle
-from coterie.classifier import calibrate
+from coterie.calibration import calibrate
 from coterie.clusters import ClassClusters
 from coterie.encoder import Encoder
 from coterie.gallery import GalleryItems, Snapshot, item_id

@@ -1,5 +1,6 @@
 """A bundle with another encoder keeps what was enrolled, from the images that were kept."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from onnx import numpy_helper
 
 from coterie import anew as anew_module
 from coterie.bundle import Bundle, write_bundle
-from coterie.clusters import ClassClusters
 from coterie.errors import CoterieWarning
 from coterie.gallery import Gallery
 from coterie.items import GalleryItems, item_id
@@ -33,10 +33,7 @@ def turned_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
     turned = GalleryItems(
         items.ids, items.labels, items.embeddings @ rotation, items.positions, items.thumbnails, items.metadata
     )
-    prototypes = clusters.prototypes @ rotation
-    snapshot = Snapshot(
-        turned, ClassClusters(clusters.labels, prototypes, clusters.radii, clusters.counts, clusters.bounds)
-    )
+    snapshot = Snapshot(turned, dataclasses.replace(clusters, prototypes=clusters.prototypes @ rotation))
     return write_bundle(
         tmp_path_factory.mktemp("turned") / "bundle",
         model=model.SerializeToString(),

@@ -30,9 +30,13 @@ CALIBRATION = Calibration(
     temperature=0.1,
     vote_weight=0.5,
     cluster_weight=1.0,
+    neighbor_share=0.5,
+    typical_gap=0.2,
     limits={"0.05": 2.0},
-    confidence=0.9,
     images=10,
+    ece_of_vote=0.04,
+    ece=0.02,
+    left_out_auroc={"0.5": 0.9},
 )
 FILES = ["README.md", "clusters.parquet", "gallery.parquet", "manifest.json", "model.onnx"]
 WriteBundle = Callable[..., Bundle]
@@ -126,12 +130,23 @@ def test_a_bundle_comes_back_as_it_was_written(bundle: Bundle, snapshot: Snapsho
     assert again.manifest.provenance == {"recipe": "größe", "versions": {"coterie": "0.1"}, "list": [1, 2.5, None]}
     assert again.base.items.ids == snapshot.items.ids
     assert again.base.clusters.labels == snapshot.clusters.labels == again.manifest.classes
-    for name in ("prototypes", "radii", "counts"):
+    for name in ("counts", "spacings", "bounds", "prototypes", "owners", "radii"):
         np.testing.assert_array_equal(getattr(again.base.clusters, name), getattr(snapshot.clusters, name))
         assert getattr(again.base.clusters, name).dtype == getattr(snapshot.clusters, name).dtype
     np.testing.assert_array_equal(again.base.items.embeddings, snapshot.items.embeddings)
     assert sorted(file.name for file in bundle.path.iterdir()) == FILES
     assert (bundle.path / "README.md").read_text("utf-8") == "# Boots\n"
+
+
+def test_a_class_of_several_prototypes_and_an_enrolled_one_come_back(write: WriteBundle, snapshot: Snapshot) -> None:
+    looks = np.repeat(np.eye(DIM, dtype=np.float32)[:2], 10, axis=0)
+    clusters = snapshot.clusters.with_class("boot", looks, snapshot.items.embeddings)
+    clusters = clusters.with_class("shoe", looks[:0], looks).with_class("shoe", looks[:3], looks[:12])
+    assert len(clusters.owners) == len(clusters) + 1
+    assert clusters.enrolled.tolist() == [False, False, True]
+    again = write(snapshot=Snapshot(snapshot.items, clusters)).base.clusters
+    for name in ("counts", "spacings", "bounds", "prototypes", "owners", "radii"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(clusters, name))
 
 
 def test_equal_content_gives_equal_bytes_and_the_same_id(write: WriteBundle) -> None:
@@ -285,10 +300,10 @@ def rewrite(bundle: Bundle, **changes: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydantic")
-@pytest.mark.parametrize("found", [2, 0, None, "1"])
+@pytest.mark.parametrize("found", [FORMAT + 1, 1, 0, None, "2"])
 def test_another_format_says_which_and_what_to_do(bundle: Bundle, found: Any) -> None:
     rewrite(bundle, format=found)
-    with pytest.raises(BundleError, match=f"format {found!r}, this version reads 1: export it again"):
+    with pytest.raises(BundleError, match=f"format {found!r}, this version reads {FORMAT}: export it again"):
         Bundle.open(bundle.path)
 
 
@@ -313,7 +328,7 @@ def test_a_forged_manifest_is_refused(bundle: Bundle, changes: dict[str, Any]) -
         Bundle.open(bundle.path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"format": 1}', "not json", "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", f'{{"format": {FORMAT}}}', "not json", "[" * 100_000])
 def test_a_manifest_that_is_none_is_refused(bundle: Bundle, content: str) -> None:
     (bundle.path / "manifest.json").write_text(content)
     with pytest.raises(BundleError):
@@ -382,7 +397,7 @@ def test_a_model_of_another_width_than_a_signed_manifest_states_is_named(bundle:
 
 def test_clusters_of_another_width_than_stated_are_named(write: WriteBundle, snapshot: Snapshot) -> None:
     clusters = snapshot.clusters
-    narrow = np.eye(len(clusters.labels), 3, dtype=np.float32)
+    narrow = np.eye(len(clusters.owners), 3, dtype=np.float32)
     written = write(snapshot=Snapshot(snapshot.items, dataclasses.replace(clusters, prototypes=narrow)))
     with pytest.raises(BundleError, match=r"clusters\.parquet does not have the width its manifest states"):
         written.verify_parts()

@@ -251,7 +251,7 @@ def test_images_held_out_calibrate_the_merged_bundle(
     assert manifest.calibration.images == 300 != tiny_bundle.manifest.calibration.images
     assert manifest.accuracy["held_out_images"] == 300
     assert manifest.accuracy["held_out_top1"] > 0.85
-    assert set(merged.base.clusters.bounds.tolist()) == {2.0}  # the new classes were calibrated on, too
+    assert set(merged.base.clusters.bounds.ravel().tolist()) == {2.0}  # the new classes were calibrated on, too
     with pytest.raises(CoterieError, match="exists already"):
         merge(tiny_bundle, gallery, tmp_path / "merged", card=lambda _: "")
 

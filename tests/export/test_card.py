@@ -45,14 +45,21 @@ def test_the_numbers_are_the_manifests(manifest):
     assert f"{manifest.calibration.limits['0.05']:.3f}" in card
 
 
-def test_rates_that_too_few_images_were_held_out_for_are_marked(manifest):
-    # 0.99³²⁰ = 0.040 ≤ 0.05 promises a rate of 1 %; 0.99⁵⁰ = 0.605 does not, and 0.9⁵⁰ = 0.005 promises 10 %.
+def test_the_range_of_each_rate_is_said_and_what_too_few_images_cannot_promise(manifest):
+    # A rate of 1 % takes 99 images at least; 320 promise it.
     assert "too few" not in model_card(manifest)
     few = manifest.calibration.model_copy(update={"images": 50})
     card = model_card(manifest.model_copy(update={"calibration": few}))
     lines = {line.split("|")[1].strip(): line for line in card.splitlines() if "%" in line and line.startswith("|")}
     assert "too few" in lines["1%"]
-    assert "kept with 95% confidence" in lines["10%"]
+    # 5 of 51 lie above: Beta(5, 46) has 5 % of its mass below 4.0 % and above 17.4 %.
+    assert "4.0% to 17.4%" in lines["10%"]
+
+
+def test_what_rejects_is_named(manifest):
+    assert "the cluster and the nearest item" in model_card(manifest)
+    alone = manifest.calibration.model_copy(update={"neighbor_share": 0.0})
+    assert "too far from the cluster of" in model_card(manifest.model_copy(update={"calibration": alone}))
 
 
 def test_many_classes_are_counted_not_listed(manifest):

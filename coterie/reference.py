@@ -1,0 +1,67 @@
+"""What queries are compared with: labelled vectors, an index over them, and their class clusters.
+
+A gallery's snapshot is one; `LabelledVectors` is one without ids, pictures and metadata.
+"""
+
+import bisect
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.clusters import ClassClusters
+from coterie.index import ExactIndex
+
+__all__ = ["LabelledVectors", "Reference"]
+
+
+class Searchable(Protocol):
+    """An index as coterie.index has them."""
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...
+
+
+class Reference(Protocol):
+    """Anything with an index, the class of each of its rows (n,), and the clusters of these classes."""
+
+    @property
+    def index(self) -> Searchable: ...
+
+    @property
+    def classes(self) -> NDArray[np.int64]: ...
+
+    @property
+    def clusters(self) -> ClassClusters: ...
+
+
+@dataclass(frozen=True)
+class LabelledVectors:
+    """Unit-length embeddings float32 (n, d) and their `classes` (n,), rows of `clusters`."""
+
+    embeddings: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    clusters: ClassClusters
+
+    @cached_property
+    def index(self) -> ExactIndex:
+        return ExactIndex(self.embeddings)
+
+    def without(self, row: int) -> "LabelledVectors":
+        """These less the class `row`."""
+        kept = self.classes != row
+        embeddings, classes = self.embeddings[kept], self.classes[kept]
+        label = self.clusters.labels[row]
+        return LabelledVectors(
+            embeddings, classes - (classes > row), self.clusters.with_class(label, embeddings[:0], embeddings)
+        )
+
+    def with_class(self, label: str, members: NDArray[np.float32]) -> "LabelledVectors":
+        """These and the embeddings (m, d) of a class that is not among them, as if it had just been enrolled."""
+        row = bisect.bisect_left(self.clusters.labels, label)
+        return LabelledVectors(
+            np.concatenate([self.embeddings, members]),
+            np.append(self.classes + (self.classes >= row), np.full(len(members), row)),
+            self.clusters.with_class(label, members, self.embeddings),
+        )
