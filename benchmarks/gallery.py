@@ -42,7 +42,17 @@ from coterie.store import Store, StoredItem, StoreOptions
 DIM, CLASSES, BUNDLED, K = 128, 100, 2000, 10
 GOALS = {"add_ms": 2.0, "restart_s": 2.0, "while_adding": 1.5, "while_settling": 4.0}
 CALIBRATION = Calibration(
-    n_neighbors=20, temperature=0.1, vote_weight=0.25, cluster_weight=2, limits={"0.05": 1.0}, confidence=0.95, images=1
+    n_neighbors=20,
+    temperature=0.1,
+    vote_weight=0.25,
+    cluster_weight=2,
+    neighbor_share=0.5,
+    typical_gap=0.1,
+    limits={"0.05": 1.0},
+    images=1,
+    ece_of_vote=0.0,
+    ece=0.0,
+    left_out_auroc={},
 )
 OPTIONS = StoreOptions(class_quota=10**6)
 

@@ -153,9 +153,13 @@ def classification(runs: int) -> tuple[dict[str, Any], dict[str, bool]]:
             temperature=0.2,
             vote_weight=0.25,
             cluster_weight=4,
+            neighbor_share=0.5,
+            typical_gap=0.1,
             limits={"0.05": 1.0},
-            confidence=0.95,
             images=1000,
+            ece_of_vote=0.0,
+            ece=0.0,
+            left_out_auroc={},
         )
         calls: dict[str, Callable[[int], object]] = {
             "search": lambda run, s=snapshot, q=queries: s.index.search(q[run % 64, None], K),

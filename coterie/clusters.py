@@ -167,10 +167,12 @@ class ClassClusters:
         prototypes = place(members, least=len(before.prototypes) if calibrated else 1)
         owners = np.zeros(len(prototypes), dtype=np.int64)
         to_prototype, nearest, to_item = _measured(members, prototypes, members[:0])
-        near = [
-            gaps((strangers @ own.T).max(axis=1)) if len(strangers) else np.asarray([WIDEST_GAP])
-            for own in (prototypes, members)
-        ]
+        near: list[NDArray[np.float64]] = []
+        if not calibrated or not len(to_item):  # strangers are compared where they decide something
+            near = [
+                gaps((strangers @ own.T).max(axis=1)) if len(strangers) else np.asarray([WIDEST_GAP])
+                for own in (prototypes, members)
+            ]
         if len(to_item):
             spacing = np.exp(np.log(to_item).mean())
             radii = typical_gaps(np.log(to_prototype), nearest, len(prototypes), prior=0)
