@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.calibration import calibrate
 from coterie.classifier import Calibration, classify
 from coterie.clusters import ClassClusters
 from coterie.files import write_text
@@ -41,19 +43,6 @@ from coterie.store import Store, StoredItem, StoreOptions
 
 DIM, CLASSES, BUNDLED, K = 128, 100, 2000, 10
 GOALS = {"add_ms": 2.0, "restart_s": 2.0, "while_adding": 1.5, "while_settling": 4.0}
-CALIBRATION = Calibration(
-    n_neighbors=20,
-    temperature=0.1,
-    vote_weight=0.25,
-    cluster_weight=2,
-    neighbor_share=0.5,
-    typical_gap=0.1,
-    limits={"0.05": 1.0},
-    images=1,
-    ece_of_vote=0.0,
-    ece=0.0,
-    left_out_auroc={},
-)
 OPTIONS = StoreOptions(class_quota=10**6)
 
 
@@ -87,6 +76,11 @@ def base() -> Snapshot:
     positions = np.zeros((BUNDLED, 2), dtype=np.float32)
     items = GalleryItems(names, labels, embeddings, positions, (b"",) * BUNDLED, ({},) * BUNDLED)
     return Snapshot(items, ClassClusters.fit(embeddings, labels))
+
+
+@cache
+def calibration() -> Calibration:
+    return calibrate(base(), *Source(6).draw(1000))
 
 
 def opened(path: Path) -> Gallery:
@@ -142,7 +136,7 @@ def adds(gallery: Gallery, items: list[StoredItem]) -> dict[str, Any]:
         if item.id not in {near.id for near in answer}:
             raise SystemExit("an item that was added is not found")
         snapshot = gallery.snapshot()
-        classifying.append(timed(lambda item=item, now=snapshot: classify(item.embedding[None], now, CALIBRATION)))
+        classifying.append(timed(lambda item=item, now=snapshot: classify(item.embedding[None], now, calibration())))
     return {
         "add": milliseconds(adding),
         "first_search_after": milliseconds(finding),
@@ -204,7 +198,7 @@ def while_adding(path: Path, gallery: Gallery, rounds: int, seconds: float, seed
     """Searches and classifications at rest and while another process adds, in turns."""
     asks: dict[str, Callable[[NDArray[np.float32]], Any]] = {
         "search": lambda query: gallery.search(query, K),
-        "classify": lambda query: classify(query, gallery.snapshot(), CALIBRATION),
+        "classify": lambda query: classify(query, gallery.snapshot(), calibration()),
     }
     found: dict[str, Any] = {}
     for number, (name, ask) in enumerate(asks.items()):
@@ -259,7 +253,7 @@ def restarts(path: Path, rounds: int = 3) -> list[float]:
     for _ in range(rounds):
         began = time.perf_counter()
         with Gallery(own, Store(path, encoder="benchmark", options=OPTIONS)) as gallery:
-            classify(query, gallery.snapshot(), CALIBRATION)
+            classify(query, gallery.snapshot(), calibration())
             seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -128,7 +128,8 @@ def filters(runs: int) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def classification(runs: int) -> tuple[dict[str, Any], dict[str, bool]]:
-    from coterie.classifier import Calibration, classify
+    from coterie.calibration import calibrate
+    from coterie.classifier import classify
     from coterie.clusters import ClassClusters
     from coterie.gallery import GalleryItems, Snapshot
 
@@ -148,19 +149,8 @@ def classification(runs: int) -> tuple[dict[str, Any], dict[str, bool]]:
             metadata=({},) * ROWS,
         )
         snapshot = Snapshot(items, ClassClusters.fit(items.embeddings, items.labels))
-        calibration = Calibration(
-            n_neighbors=K,
-            temperature=0.2,
-            vote_weight=0.25,
-            cluster_weight=4,
-            neighbor_share=0.5,
-            typical_gap=0.1,
-            limits={"0.05": 1.0},
-            images=1000,
-            ece_of_vote=0.0,
-            ece=0.0,
-            left_out_auroc={},
-        )
+        held_out, truth = clouds(rng, centres, 1000, 0.7)
+        calibration = calibrate(snapshot, held_out, np.asarray([f"class {label}" for label in range(classes)])[truth])
         calls: dict[str, Callable[[int], object]] = {
             "search": lambda run, s=snapshot, q=queries: s.index.search(q[run % 64, None], K),
             "classify": lambda run, s=snapshot, q=queries, c=calibration: classify(q[run % 64, None], s, c),

@@ -9,21 +9,6 @@ from pathlib import Path
 import pytest
 
 from coterie.providers import has_driver
-from coterie_cli.main import main
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["coterie", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def one_line(err):

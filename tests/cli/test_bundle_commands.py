@@ -7,23 +7,8 @@ import pytest
 
 from coterie import Bundle
 from coterie.bundle import Manifest
-from coterie_cli.main import main
 
 FILES = ["README.md", "clusters.parquet", "gallery.parquet", "manifest.json", "model.onnx"]
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["coterie", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -16,19 +16,13 @@ from coterie_cli.main import main
 
 
 @pytest.fixture
-def gallery(monkeypatch, capsys, tiny_bundle, tmp_path):
+def gallery(coterie, monkeypatch, tiny_bundle, tmp_path):
     """Run `coterie gallery COMMAND BUNDLE …` on a state folder of the test's own; returns exit code, stdout, stderr."""
     monkeypatch.setenv("COTERIE_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(command, *arguments, bundle=tiny_bundle.path):
-        monkeypatch.setattr("sys.argv", ["coterie", "gallery", command, str(bundle), *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stopped:
-            captured = capsys.readouterr()
-            return stopped.code or 0, captured.out, captured.err
-        raise AssertionError
+        return coterie("gallery", command, bundle, *arguments)
 
     return run
 

@@ -1,13 +1,14 @@
 """Galleries drawn from classes whose shape is known."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coterie.gallery import GalleryItems
+from coterie.clusters import ClassClusters
+from coterie.gallery import GalleryItems, Snapshot
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.str_]]
 
@@ -61,3 +62,19 @@ def cloud_class() -> type[Clouds]:
 def _items():  # type: ignore[no-untyped-def]
     """Gallery items of given embeddings and labels."""
     return make_items
+
+
+@pytest.fixture
+def snapshot_of() -> Callable[..., Snapshot]:
+    """The snapshot of a labelled gallery, its clusters measured on held-out images if there are any."""
+
+    def make(gallery: Labelled, held_out: Labelled | None = None) -> Snapshot:
+        return Snapshot(make_items(*gallery), ClassClusters.fit(*gallery, held_out))
+
+    return make
+
+
+@pytest.fixture
+def clouds() -> Clouds:
+    """Six classes that overlap a little."""
+    return Clouds.make(np.random.default_rng(0), 6, 8, 0.6)

@@ -13,28 +13,13 @@ from scipy.special import log_softmax
 
 from coterie.calibration import FALSE_REJECT_RATES, MOST_VOTE, _fit_weights, calibrate
 from coterie.classifier import Calibration, score
-from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError
-from coterie.gallery import GalleryItems, Snapshot
+from coterie.gallery import Snapshot
 from coterie.metrics import expected_calibration_error
 from coterie.reference import LabelledVectors
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.str_]]
 MakeSnapshot = Callable[..., Snapshot]
-
-
-@pytest.fixture
-def snapshot_of(items: Callable[..., GalleryItems]) -> MakeSnapshot:
-    def make(gallery: Labelled, held_out: Labelled | None = None) -> Snapshot:
-        return Snapshot(items(*gallery), ClassClusters.fit(*gallery, held_out))
-
-    return make
-
-
-@pytest.fixture
-def clouds(cloud_class: Any) -> Any:
-    """Six classes that overlap a little."""
-    return cloud_class.make(np.random.default_rng(0), 6, 8, 0.6)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from coterie.bundle import Bundle
 from coterie.calibration import calibrate
 from coterie.classifier import OWN_SHARE, RADIUS_WEIGHT, Calibration, classify, score
-from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import GalleryItems, Snapshot
 
@@ -29,20 +28,6 @@ SETTINGS = Calibration(
     ece=0.02,
     left_out_auroc={},
 )
-
-
-@pytest.fixture
-def snapshot_of(items: Callable[..., GalleryItems]) -> MakeSnapshot:
-    def make(gallery: Labelled, held_out: Labelled | None = None) -> Snapshot:
-        return Snapshot(items(*gallery), ClassClusters.fit(*gallery, held_out))
-
-    return make
-
-
-@pytest.fixture
-def clouds(cloud_class: Any) -> Any:
-    """Six classes that overlap a little."""
-    return cloud_class.make(np.random.default_rng(0), 6, 8, 0.6)
 
 
 @pytest.fixture
