@@ -1,0 +1,74 @@
+"""What every answer has in common: headers, and JSON for every error, even where our own code failed."""
+
+import logging
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import schemas
+from serving.errors import RequestError, problem
+
+__all__ = ["Envelope", "on_error", "on_http_exception"]
+
+logger = logging.getLogger("coterie.serving")
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+class Envelope:
+    """What every answer has in common: the bundle's id, and JSON even where our own code failed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        bundle_id: str = scope["app"].state.engine.manifest.id
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] += [(b"x-bundle-id", bundle_id.encode()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
+        except Exception as error:
+            logger.exception("a request to %s failed", scope["path"])
+            if started:
+                raise
+            await _error_response(error)(scope, receive, send_with_headers)
+
+
+async def on_error(_: Request, error: Exception) -> Response:
+    return _error_response(error)
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _error(404, error.detail, "invalid_request_error", None, "unknown_route", error.headers)
+    return _error(error.status_code, error.detail, "invalid_request_error", None, "method_not_allowed", error.headers)
+
+
+def _error_response(error: Exception) -> Response:
+    kind = problem(error)
+    if isinstance(error, RequestError):
+        return _error(kind.status, str(error), kind.type, error.param, kind.code, error.headers)
+    headers = None if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
+    return _error(kind.status, kind.message, kind.type, None, kind.code, headers)
+
+
+def _error(status: int, message: str, type_: str, param: str | None, code: str, headers: Any) -> Response:
+    entry = schemas.ErrorEntry(message=message, type=type_, param=param, code=code)
+    return Response(to_json(schemas.ErrorAnswer(error=entry)), status, headers, media_type="application/json")
