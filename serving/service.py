@@ -28,6 +28,8 @@ app = build_app()
 # One span and one log line per request would cost more than a small encoder takes for the image.
 QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
 
+SWITCH_SECONDS = 0.0005
+
 
 @bentoml.service(
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
@@ -46,6 +48,8 @@ class Coterie:
     def __init__(self) -> None:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
+        # A thread that waits for Python's lock gets it after this time; requests and the gallery's upkeep share it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.from_environment()
         bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
         self.engine = Engine(bundle, state=settings.state, store=settings.store)
