@@ -8,6 +8,7 @@ the nearest of the class's items.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ STRANGERS_WITHIN = 0.2
 # new classes, 59 % get the right label, 46 % with the radius of the widest known class; known ones lose half a point.
 STRANGERS_NEAR = 0.05
 WIDEST_GAP = 2.0
+# Of a similarity, as coterie.ranking has them.
+DECIMALS = 6
 # So many members, evenly chosen, tell a typical gap; so many strangers, where a twentieth of them begins.
 MEMBERS_COMPARED, STRANGERS_COMPARED = 128, 500
 
@@ -135,7 +138,9 @@ class ClassClusters:
 
     def similarities(self, embeddings: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The cosine of each embedding (n, d) to each class's most similar prototype, and that one's radius; (n, c)."""
-        to_prototypes = np.asarray(embeddings @ self.prototypes.T)
+        # Single precision would depend on the other queries of a batch.
+        exact = embeddings.astype(np.float64) @ self._exact_prototypes
+        to_prototypes = np.round(exact, DECIMALS).astype(np.float32)
         if len(self.owners) == len(self):
             return to_prototypes, np.broadcast_to(self.radii, to_prototypes.shape)
         best = self._of_classes(to_prototypes)
@@ -194,6 +199,10 @@ class ClassClusters:
             owners=owners,
             radii=radii,
         )
+
+    @cached_property
+    def _exact_prototypes(self) -> NDArray[np.float64]:
+        return self.prototypes.T.astype(np.float64)
 
     def _of_classes(self, of_prototypes: NDArray[np.float32]) -> NDArray[np.float32]:
         """The largest of each class's values; from (n, p) to (n, c)."""
