@@ -7,6 +7,7 @@ images or encoders.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from serving.errors import OverloadedError
+from serving.observer import Observer
 
 __all__ = ["Batcher", "ItemError"]
 
@@ -36,6 +38,7 @@ class _Job(Generic[Prepared, Result]):
 
     value: Prepared
     result: "asyncio.Future[Result]"
+    since: float
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -47,6 +50,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             stands for the failure of its item; called in a pool of `runners` threads. If it raises, the batch is
             halved until the failure is that of one item.
         capacity: how many items may be under way, from arrival to answer.
+        observer: is told how long items waited for a runner.
 
     Attributes:
         under_way: items between arrival and answer.
@@ -61,8 +65,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         capacity: int,
         threads: int,
         runners: int = 1,
+        observer: Observer = Observer(),
     ) -> None:
-        self._prepare, self._run = prepare, run
+        self._prepare, self._run, self._observer = prepare, run, observer
         self.max_batch, self.capacity = max_batch, capacity
         self._preparers = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._runners = ThreadPoolExecutor(runners, thread_name_prefix="run")
@@ -85,7 +90,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         try:
             loop = asyncio.get_running_loop()
             prepared = await _all(loop.run_in_executor(self._preparers, self._prepare, item) for item in items)
-            jobs = [_Job(value, loop.create_future()) for value in prepared]
+            now = time.perf_counter()
+            jobs = [_Job(value, loop.create_future(), now) for value in prepared]
             self._queue.extend(jobs)
             self._dispatch()
             return await _all(job.result for job in jobs)
@@ -105,6 +111,9 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _dispatch(self) -> None:
         while self._free and (batch := self._next_batch()):
             self._free -= 1
+            now = time.perf_counter()
+            for job in batch:
+                self._observer.waited(1, now - job.since)
             outcome = asyncio.get_running_loop().run_in_executor(
                 self._runners, self._run_apart, [job.value for job in batch]
             )

@@ -27,6 +27,7 @@ from coterie.store import StoreOptions
 from serving.batcher import Batcher, ItemError
 from serving.errors import BadRequestError, EncoderError, OverloadedError, RejectedImageError
 from serving.limits import RequestLimits
+from serving.observer import Observer
 
 __all__ = ["ClassifyOptions", "Engine"]
 
@@ -77,6 +78,7 @@ class Engine:
         store: how changes are kept there.
         limits: what a request may cost.
         capacity: images under way before further ones are refused.
+        observer: is told how long each step takes.
 
     Raises:
         CoterieError: the encoder cannot run here, or the gallery's changes cannot be read.
@@ -90,8 +92,9 @@ class Engine:
         store: StoreOptions = StoreOptions(),
         limits: RequestLimits = NORMAL,
         capacity: int = CAPACITY,
+        observer: Observer = Observer(),
     ) -> None:
-        self.bundle, self.limits = bundle, limits
+        self.bundle, self.limits, self._observer = bundle, limits, observer
         self.manifest = bundle.manifest
         self._preprocessing = self.manifest.encoder.preprocessing
         self._encoder = bundle.encoder
@@ -104,6 +107,7 @@ class Engine:
             capacity=capacity,
             threads=processors(),
             runners=self._encoder.concurrency,
+            observer=observer,
         )
         self._probe: asyncio.Task[bool] | None = None
         self._answered = self._fresh = time.monotonic()
@@ -131,6 +135,16 @@ class Engine:
         except CoterieError as error:
             raise BadRequestError(str(error), param="false_reject") from error
         return cast(list[Classification], await self._submit(images, options))
+
+    @property
+    def under_way(self) -> int:
+        """Images between arrival and answer."""
+        return self._batcher.under_way
+
+    @property
+    def waiting(self) -> int:
+        """Of these, the ones that are decoded and wait for the encoder."""
+        return self._batcher.waiting
 
     def gallery(self) -> Snapshot:
         """The gallery as it is now. Reads a file: not for the event loop."""
@@ -178,9 +192,14 @@ class Engine:
             raise cause from None
 
     def _decode(self, query: _Query) -> _Pixels:
-        return _Pixels(load_pixels(query.image, self._preprocessing, self.limits.image), query.options)
+        began = time.perf_counter()
+        try:
+            return _Pixels(load_pixels(query.image, self._preprocessing, self.limits.image), query.options)
+        finally:
+            self._observer.decoded(time.perf_counter() - began)
 
     def _answer(self, batch: list[_Pixels]) -> list[Embedding | Classification | Exception]:
+        began = time.perf_counter()
         try:
             embeddings = self._encoder.embed(np.stack([query.pixels for query in batch]))
         except Exception as error:
@@ -188,6 +207,7 @@ class Engine:
             if len(batch) == 1:
                 logger.error("the encoder failed: %s", error)
             raise EncoderError("the encoder gave no usable embedding for it") from error
+        self._observer.encoded(len(batch), time.perf_counter() - began)
         self._answered = self._fresh = time.monotonic()
         answers: list[Embedding | Classification | Exception] = list(embeddings)
         rows_by_options: dict[ClassifyOptions, list[int]] = defaultdict(list)
@@ -202,6 +222,7 @@ class Engine:
     def _classify(
         self, embeddings: NDArray[np.float32], options: ClassifyOptions
     ) -> Sequence[Classification | Exception]:
+        began = time.perf_counter()
         try:
             return classify(
                 embeddings,
@@ -213,6 +234,8 @@ class Engine:
             )
         except Exception as error:  # the others of the batch have their embeddings and need not be run again
             return [error] * len(embeddings)
+        finally:
+            self._observer.searched(len(embeddings), time.perf_counter() - began)
 
 
 def _probe_image() -> bytes:
