@@ -210,15 +210,17 @@ class Engine:
         """Pixels of the images that can be used, in order, and by row the errors of the others."""
         pixels = np.empty((len(images), *self._preprocessing.input_size, 3), dtype=np.uint8)
         step = min(DECODED_TOGETHER, -(-len(images) // processors()))
-        loop = asyncio.get_running_loop()
+        loop, starts = asyncio.get_running_loop(), range(0, len(images), step)
         found = await asyncio.gather(
             *(
                 loop.run_in_executor(self._decoders, self._decode_some, images, pixels, range(start, start + step))
-                for start in range(0, len(images), step)
+                for start in starts
             )
         )
         errors = {row: error for some in found for row, error in some.items()}
-        return (np.delete(pixels, list(errors), axis=0) if errors else pixels), errors
+        if errors:
+            pixels = await loop.run_in_executor(self._decoders, np.delete, pixels, list(errors), 0)
+        return pixels, errors
 
     def _decode_some(
         self, images: Sequence[bytes | RequestError], pixels: NDArray[np.uint8], rows: range
