@@ -23,8 +23,12 @@ def engine_of(request: Request) -> Engine:
 
 
 def query_of(request: Request, schema: type[Query]) -> Query:
+    """The query's values; one that is given more than once is a list."""
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
     try:
-        return schema.model_validate(dict(request.query_params))
+        return schema.model_validate({name: values if values[1:] else values[0] for name, values in given.items()})
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
         raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error
