@@ -20,6 +20,7 @@ __all__ = [
     "TimedOutError",
     "TooLargeError",
     "UnsupportedBodyError",
+    "WrongTensorError",
     "problem",
 ]
 
@@ -63,6 +64,10 @@ class RejectedImageError(RequestError):
         self.index = index
 
 
+class WrongTensorError(RequestError):
+    """An array that does not hold images of the encoder's size."""
+
+
 class OverloadedError(RequestError):
     """As many images are under way as the service holds."""
 
@@ -96,6 +101,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     TooLargeError: Problem(413, "invalid_request_error", "too_large"),
     UnsupportedBodyError: Problem(415, "invalid_request_error", "unsupported_body"),
     RejectedImageError: Problem(422, "invalid_request_error", "invalid_image"),
+    WrongTensorError: Problem(422, "invalid_request_error", "invalid_tensor"),
     OverloadedError: Problem(429, "rate_limit_error", "overloaded"),
     EncoderError: Problem(503, "server_error", "encoder_failed"),
     StoreBusyError: Problem(

@@ -36,12 +36,13 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body:
         raise _too_large(limits)
-    body = bytearray()
+    chunks, size = [], 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limits.max_body:
+        size += len(chunk)
+        if size > limits.max_body:
             raise _too_large(limits)
-    return bytes(body)
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def check_count(count: int, limits: RequestLimits) -> None:

@@ -23,8 +23,15 @@ def engine_of(request: Request) -> Engine:
 
 
 def query_of(request: Request, schema: type[Query]) -> Query:
+    values: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        values[name] = (
+            [*(before if isinstance(before, list) else [before]), value]
+            if (before := values.get(name)) is not None
+            else value
+        )
     try:
-        return schema.model_validate(dict(request.query_params))
+        return schema.model_validate(values)
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
         raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error

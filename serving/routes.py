@@ -35,6 +35,8 @@ ROUTES = (
     Route("/", index),
     Route("/v1/embeddings", asking.embeddings, methods=["POST"]),
     Route("/v1/classify", asking.classify, methods=["POST"]),
+    Route("/v1/search", asking.search, methods=["POST"]),
+    Route("/v1/verify", asking.verify, methods=["POST"]),
     Route("/v1/bundle", browsing.bundle),
     Route("/v1/models", browsing.models),
     Route("/v1/classes", browsing.classes),
