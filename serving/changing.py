@@ -42,7 +42,8 @@ async def enroll(request: Request) -> Response:
         answer, count = await asyncio.to_thread(keep, engine, examples, rows)
         if count:
             audit(request, "enroll", examples.label, count)
-    return await json_answer(len(answer.data), lambda: answer, status=201)
+    made = any(isinstance(one, schemas.NewItem) for one in answer.data)
+    return await json_answer(len(answer.data), lambda: answer, status=201 if made else 200)
 
 
 async def forget(request: Request) -> Response:

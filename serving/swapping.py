@@ -1,7 +1,7 @@
 """Another bundle in place of the one that is served, without a request that fails, in every worker.
 
-The worker that is asked loads and warms up the new one beside the old, writes the pointer, and swaps. The others look at
-the pointer every second and do the same. What cannot be loaded is not swapped in, and the old one goes on.
+The worker that is asked loads and warms up the new one beside the old, writes the pointer, and swaps. The others look
+at the pointer every second and do the same. What cannot be loaded is not swapped in, and the old one goes on.
 """
 
 import logging
