@@ -20,7 +20,7 @@ from serving.errors import RequestError, problem
 from serving.questions import Found
 from serving.tensors import NPY, written
 
-__all__ = ["array_answer", "embedding_answer", "entry", "json_answer", "list_answer"]
+__all__ = ["LARGE_ANSWER", "array_answer", "embedding_answer", "entry", "json_answer", "list_answer"]
 
 # The event loop is kept free of anything longer than about a millisecond: a 512-wide embedding takes 50 µs as JSON.
 LARGE_ANSWER = 16

@@ -81,5 +81,5 @@ async def _ask(
 
 def _accepts_npy(request: Request) -> bool:
     """Whether an array is asked for by name; what accepts anything gets JSON."""
-    accepted = request.headers.get("accept", "")
-    return NPY in accepted and any(kind.partition(";")[0].strip().lower() == NPY for kind in accepted.split(","))
+    accepted = request.headers.get("accept", "").lower()
+    return NPY in accepted and any(kind.partition(";")[0].strip() == NPY for kind in accepted.split(","))

@@ -24,7 +24,7 @@ from serving.limits import RequestLimits, check_count, read_body
 from serving.schemas import ImagesBody, first_complaint
 from serving.tensors import NPY, read_pixels
 
-__all__ = ["Sent", "from_text", "read_images", "read_sent"]
+__all__ = ["Sent", "from_strings", "read_images", "read_sent"]
 
 Body = TypeVar("Body", bound=ImagesBody)
 Result = TypeVar("Result")
@@ -86,10 +86,8 @@ async def read_sent(
         raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
     body = await read_body(request, limits)
     if media_type == "application/json":
-        strings, parsed = await _off_loop(body, lambda: _from_json(body, schema, limits))
-        return [
-            await _from_url(index, image) if isinstance(image, _Url) else image for index, image in enumerate(strings)
-        ], parsed
+        images, parsed = await _off_loop(body, lambda: _from_json(body, schema, limits))
+        return await _fetched(images), parsed
     if media_type == "multipart/form-data":
         return await _off_loop(body, lambda: list(_from_form(body, content_type, limits))), None
     if not body:
@@ -103,14 +101,29 @@ async def _off_loop(body: bytes, parse: Callable[[], Result]) -> Result:
     return parse() if len(body) < LARGE_BODY else await asyncio.to_thread(parse)
 
 
-async def _from_url(index: int, url: _Url) -> bytes | RejectedImageError:
-    """Where a URL among a request's images would be fetched."""
-    return RejectedImageError(index, "URLs are not fetched: send the image itself, as a data URI or base64")
+async def from_strings(strings: Sequence[str]) -> list[bytes | RejectedImageError]:
+    """The encoded images in data URIs or base64 strings, with an error in the place of each that is neither."""
+    large = sum(map(len, strings)) >= LARGE_BODY
+    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings))
+
+
+async def _fetched(images: Sequence[bytes | RejectedImageError | _Url]) -> list[bytes | RejectedImageError]:
+    """Images with those of an address fetched, which none is."""
+    return [
+        RejectedImageError(index, "URLs are not fetched: send the image itself, as a data URI or base64")
+        if isinstance(image, _Url)
+        else image
+        for index, image in enumerate(images)
+    ]
+
+
+def _decoded(strings: Sequence[str]) -> list[bytes | RejectedImageError | _Url]:
+    return [_from_text(index, text) for index, text in enumerate(strings)]
 
 
 def _from_json(
     body: bytes, schema: type[Body], limits: RequestLimits
-) -> tuple[Sequence[bytes | RejectedImageError | _Url], Body]:
+) -> tuple[list[bytes | RejectedImageError | _Url], Body]:
     try:
         parsed = schema.model_validate_json(body)
     except ValidationError as error:
@@ -120,11 +133,10 @@ def _from_json(
     if not strings:
         raise BadRequestError("input is empty: send at least one image", param="input")
     check_count(len(strings), limits)
-    return [from_text(index, text) for index, text in enumerate(strings)], parsed
+    return _decoded(strings), parsed
 
 
-def from_text(index: int, text: str) -> bytes | RejectedImageError | _Url:
-    """The encoded image in a data URI or base64 string, the `index`-th of its request."""
+def _from_text(index: int, text: str) -> bytes | RejectedImageError | _Url:
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
         if not comma or not header.endswith(";base64"):

@@ -1,7 +1,7 @@
 """The BentoML service: `bentoml serve serving.service:Coterie`, or `bentoml serve` in the project's root.
 
-BentoML starts the workers and answers /healthz, /livez and /readyz; every other path is the application's of
-`serving.routes`, mounted at the root.
+BentoML starts the workers and answers /healthz, /livez and /readyz, and its own clients at /embed and /classify; every
+other path is the application's of `serving.routes`, mounted at the root.
 """
 
 import logging
@@ -16,6 +16,7 @@ from coterie.bundle import Bundle
 from coterie.errors import CoterieError, DeviceError
 from serving.engine import Engine
 from serving.model_store import find_bundle
+from serving.native import NativeMethods
 from serving.pointer import bundle_to_serve, end_older_swap
 from serving.routes import build_app
 from serving.served import Served
@@ -29,7 +30,7 @@ logger = logging.getLogger("coterie.serving")
 app = build_app()
 
 # One span and one log line per request would cost more than a small encoder takes for the image.
-QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
+QUIET = ["/v1/", "/embed", "/classify", "/healthz", "/livez", "/readyz"]
 
 
 @bentoml.service(
@@ -43,7 +44,7 @@ QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
     tracing={"excluded_urls": QUIET},
 )
 @bentoml.asgi_app(app, path="/")
-class Coterie:
+class Coterie(NativeMethods):
     """Supervised contrastive image embeddings and open-set labels."""
 
     def __init__(self) -> None:

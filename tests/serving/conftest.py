@@ -84,7 +84,7 @@ def _call() -> Callable[..., Any]:
     return call
 
 
-async def call(engine: Engine, path: str, receive: Any) -> list[dict[str, Any]]:
+async def call(engine: Engine, path: str, receive: Any, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """Call the application as a server does."""
     app = build_app()
     app.state.served = Served(engine)
@@ -97,7 +97,7 @@ async def call(engine: Engine, path: str, receive: Any) -> list[dict[str, Any]]:
         "root_path": "",
         "scheme": "http",
         "query_string": b"",
-        "headers": [],
+        "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "server": ("test", 80),
         "client": ("test", 1),
     }
