@@ -301,6 +301,14 @@ def serve(
     port: Port = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     state: Annotated[Path | None, typer.Option(envvar="COTERIE_STATE", help="Where enrolled classes are kept.")] = None,
+    bundles: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="COTERIE_BUNDLES",
+            help="Folder below which POST /v1/bundle may name bundles by path.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -310,7 +318,7 @@ def serve(
     """
     from coterie_cli.serve import serve_bundle
 
-    serve_bundle(bundle, host=host, port=port, state=state, device=device, threads=threads)
+    serve_bundle(bundle, host=host, port=port, state=state, bundles=bundles, device=device, threads=threads)
 
 
 @bundle_app.command("info")

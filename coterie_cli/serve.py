@@ -25,7 +25,14 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve_bundle(
-    bundle: Path, *, host: str, port: int, state: Path | None, device: str = "auto", threads: int | None = None
+    bundle: Path,
+    *,
+    host: str,
+    port: int,
+    state: Path | None,
+    bundles: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
 ) -> None:
     """Check what can be checked, then become the server process; does not return.
 
@@ -37,6 +44,8 @@ def serve_bundle(
     environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
     if state is not None:
         environment["COTERIE_STATE"] = str(state.resolve())
+    if bundles is not None:
+        environment["COTERIE_BUNDLES"] = str(bundles.resolve())
     if threads is not None:
         environment["COTERIE_THREADS"] = str(threads)
     sys.stdout.flush()

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import schemas
 from serving.errors import RequestError, problem
+from serving.served import Served
 
 __all__ = ["Envelope", "on_error", "on_http_exception"]
 
@@ -20,7 +21,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Envelope:
-    """What every answer has in common: the bundle's id, and JSON even where our own code failed."""
+    """What every answer has in common: one engine from the first to the last byte, its bundle's id, and JSON even where
+    our own code failed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,7 +32,9 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = False
-        bundle_id: str = scope["app"].state.engine.manifest.id
+        served: Served = scope["app"].state.served
+        engine = scope["coterie.engine"] = served.take()
+        bundle_id = engine.manifest.id
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
@@ -48,6 +52,8 @@ class Envelope:
             if started:
                 raise
             await _error_response(error)(scope, receive, send_with_headers)
+        finally:
+            served.give_back(engine)
 
 
 async def on_error(_: Request, error: Exception) -> Response:

@@ -11,12 +11,15 @@ from coterie.errors import CoterieError, StoreBusyError, StoreError
 
 __all__ = [
     "BadRequestError",
+    "BundleRefusedError",
+    "ConflictError",
     "EncoderError",
     "NotFoundError",
     "OverloadedError",
     "Problem",
     "RejectedImageError",
     "RequestError",
+    "ReusedKeyError",
     "TimedOutError",
     "TooLargeError",
     "UnsupportedBodyError",
@@ -46,6 +49,18 @@ class BadRequestError(RequestError):
 
 class NotFoundError(RequestError):
     """There is no such thing here."""
+
+
+class ConflictError(RequestError):
+    """What is asked for does not go with how things are: a class is full, a bundle is being loaded."""
+
+
+class ReusedKeyError(RequestError):
+    """An Idempotency-Key that stands for another request."""
+
+
+class BundleRefusedError(RequestError):
+    """A bundle that cannot take the place of the one that is served."""
 
 
 class TooLargeError(RequestError):
@@ -98,6 +113,9 @@ class Problem:
 PROBLEMS: dict[type[Exception], Problem] = {
     BadRequestError: Problem(400, "invalid_request_error", "bad_request"),
     NotFoundError: Problem(404, "invalid_request_error", "not_found"),
+    ConflictError: Problem(409, "invalid_request_error", "conflict"),
+    ReusedKeyError: Problem(422, "invalid_request_error", "idempotency_key_reused"),
+    BundleRefusedError: Problem(422, "invalid_request_error", "bundle_refused"),
     TooLargeError: Problem(413, "invalid_request_error", "too_large"),
     UnsupportedBodyError: Problem(415, "invalid_request_error", "unsupported_body"),
     RejectedImageError: Problem(422, "invalid_request_error", "invalid_image"),
@@ -107,7 +125,9 @@ PROBLEMS: dict[type[Exception], Problem] = {
     StoreBusyError: Problem(
         503, "server_error", "gallery_busy", "the gallery is being changed by another process: try again", 1
     ),
-    StoreError: Problem(503, "server_error", "gallery_unavailable", "the gallery cannot be read at the moment"),
+    StoreError: Problem(
+        503, "server_error", "gallery_unavailable", "the gallery cannot be read or changed at the moment"
+    ),
     TimedOutError: Problem(504, "server_error", "timed_out"),
     Exception: Problem(500, "server_error", "internal_error"),
 }

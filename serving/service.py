@@ -17,8 +17,11 @@ from coterie.errors import CoterieError, DeviceError
 from serving.engine import Engine
 from serving.model_store import find_bundle
 from serving.native import NativeMethods
+from serving.pointer import bundle_to_serve, end_older_swap
 from serving.routes import build_app
+from serving.served import Served
 from serving.settings import Settings
+from serving.swapping import Swapper
 
 __all__ = ["Coterie"]
 
@@ -52,13 +55,30 @@ class Coterie(NativeMethods):
         # A thread that waits for Python's lock gets it after this time; requests and the gallery's upkeep share it.
         sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.from_environment()
-        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
-        self.engine = Engine(bundle, state=settings.state, store=settings.store)
-        app.state.engine = self.engine
+
+        def open_bundle(path: Path) -> Bundle:
+            return Bundle.open(path, device=settings.device, threads=settings.threads)
+
+        def load(bundle: Bundle) -> Engine:
+            return Engine(bundle, state=settings.state, store=settings.store)
+
+        configured = open_bundle(find_bundle(settings.bundle))
+        bundle = bundle_to_serve(configured, settings.state, open_bundle)
+        self.served = app.state.served = Served(load(bundle))
+        self.swapper = app.state.swapper = Swapper(
+            self.served,
+            configured.manifest,
+            settings.state,
+            open_bundle=open_bundle,
+            load=load,
+            bundles=settings.bundles,
+        )
+        self.swapper.start()
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
 
     async def __is_ready__(self) -> bool:
-        return await self.engine.ready()
+        with self.served.held() as engine:
+            return await engine.ready()
 
     @bentoml.on_deployment
     @staticmethod
@@ -70,7 +90,9 @@ class Coterie(NativeMethods):
         try:
             settings = Settings.from_environment()
             path = find_bundle(settings.bundle)
-            bundle = Bundle.open(path, device="cpu")
+            configured = Bundle.open(path, device="cpu")
+            end_older_swap(configured, settings.state)
+            bundle = bundle_to_serve(configured, settings.state, lambda other: Bundle.open(other, device="cpu"))
             _try_device(settings.device, bundle)
             bundle.gallery(settings.state, options=settings.store).close()
         except (CoterieError, OSError) as error:
@@ -81,7 +103,8 @@ class Coterie(NativeMethods):
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        self.engine.close()
+        self.swapper.close()
+        self.served.close()
 
 
 def _try_device(device: str, bundle: Bundle) -> None:

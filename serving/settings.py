@@ -22,6 +22,7 @@ class Settings:
 
     Attributes:
         bundle: COTERIE_BUNDLE, the bundle directory to serve. Without it, see `serving.model_store.find_bundle`.
+        bundles: COTERIE_BUNDLES, a folder below which POST /v1/bundle takes paths; without it, only tags.
         state: COTERIE_STATE, the only folder the service writes to, one subfolder per gallery name. By default the
             platform's user state directory, on Linux ~/.local/state/coterie.
         device: COTERIE_DEVICE, where the encoder runs: auto (the default: a GPU if one answers), cpu, cuda, cuda:1,
@@ -33,6 +34,7 @@ class Settings:
 
     bundle: Path | None
     state: Path
+    bundles: Path | None = None
     device: str = "auto"
     threads: int | None = None
     store: StoreOptions = field(default_factory=StoreOptions)
@@ -54,12 +56,13 @@ class Settings:
         threads = environment.get("COTERIE_THREADS") or None
         if threads is not None and not (threads.isdecimal() and int(threads)):
             raise CoterieError(f"COTERIE_THREADS is {threads!r}: use a number from 1 on, or leave it unset")
-        bundle = environment.get("COTERIE_BUNDLE")
+        bundle, bundles = environment.get("COTERIE_BUNDLE"), environment.get("COTERIE_BUNDLES")
         state = environment.get("COTERIE_STATE") or user_state_dir("coterie", appauthor=False)
         return cls(
             # Workers start in another folder than the command that a relative path was typed in.
             bundle=Path(bundle).expanduser().absolute() if bundle else None,
             state=Path(state).expanduser().absolute(),
+            bundles=Path(bundles).expanduser().absolute() if bundles else None,
             device=environment.get("COTERIE_DEVICE") or "auto",
             threads=int(threads) if threads else None,
             store=StoreOptions(
