@@ -4,8 +4,8 @@
 
 The application runs in this process and requests are handed to it as a server would, so many at a time. Each cell is
 the median of --runs, in microseconds of processor time for a request and for each of its images, all threads of the
-process together: decoding, encoding and serialising are in it, parsing HTTP is not. Two cores of a shared AVX-512 machine
-beside other work, JPEGs of 32 pixels, an encoder of 16 pixels that is one matrix product, 480 gallery items:
+process together: decoding, encoding and serialising are in it, parsing HTTP is not. Two cores of a shared AVX-512
+machine beside other work, JPEGs of 32 pixels, an encoder of 16 pixels that is one matrix product, 480 gallery items:
 
     a JPEG → float                                   278     278
     a JPEG → classification                          292     292
