@@ -15,6 +15,7 @@ from rich.text import Text
 
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
 from coterie_cli.gallery import gallery_app
+from coterie_cli.keys import key_app
 from coterie_cli.options import FORMS, BundlePath, Data, Device, Strict, Threads, console, show_rejected
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(help="Look at, check and publish bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(key_app, name="key")
 
 # What only the extra `train` brings, and serving and evaluation do without.
 TRAIN_PACKAGES = frozenset({"torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"})
