@@ -26,10 +26,12 @@ __all__ = ["LARGE_ANSWER", "array_answer", "embedding_answer", "entry", "json_an
 LARGE_ANSWER = 16
 
 
-async def json_answer(size: int, build: Callable[[], BaseModel], headers: dict[str, str] | None = None) -> Response:
+async def json_answer(
+    size: int, build: Callable[[], BaseModel], headers: dict[str, str] | None = None, status: int = 200
+) -> Response:
     """Build an answer and serialise it, in a thread if it has many entries."""
     content = to_json(build()) if size < LARGE_ANSWER else await asyncio.to_thread(lambda: to_json(build()))
-    return Response(content, media_type="application/json", headers=headers)
+    return Response(content, status, headers, media_type="application/json")
 
 
 def array_answer(answered: Answered) -> Response:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError, ImageError
-from coterie.gallery import Snapshot
+from coterie.gallery import Gallery, Snapshot
 from coterie.images import load_pixels
 from coterie.machine import processors
 from coterie.store import StoreOptions
@@ -172,6 +172,11 @@ class Engine:
     def gallery(self) -> Snapshot:
         """The gallery as it is now. Reads a file: not for the event loop."""
         return self._gallery.snapshot()
+
+    @property
+    def live_gallery(self) -> Gallery:
+        """The gallery that changes. Its methods read and write files: not for the event loop."""
+        return self._gallery
 
     async def ready(self) -> bool:
         """Whether the encoder answers: it just did, or does so now for an image of ours.

@@ -11,6 +11,8 @@ from coterie.errors import CoterieError, StoreBusyError, StoreError
 
 __all__ = [
     "BadRequestError",
+    "BundleRefusedError",
+    "ConflictError",
     "EncoderError",
     "ForbiddenError",
     "HeadersTooLargeError",
@@ -19,6 +21,7 @@ __all__ = [
     "Problem",
     "RejectedImageError",
     "RequestError",
+    "ReusedKeyError",
     "SlowBodyError",
     "TimedOutError",
     "TooLargeError",
@@ -76,6 +79,18 @@ class NotFoundError(RequestError):
     """There is no such thing here."""
 
 
+class ConflictError(RequestError):
+    """What is asked for does not go with how things are: a class is full, a bundle is being loaded."""
+
+
+class ReusedKeyError(RequestError):
+    """An Idempotency-Key that stands for another request."""
+
+
+class BundleRefusedError(RequestError):
+    """A bundle that cannot take the place of the one that is served."""
+
+
 class TooLargeError(RequestError):
     """More bytes or images than one request may bring."""
 
@@ -131,6 +146,9 @@ PROBLEMS: dict[type[Exception], Problem] = {
     TooLongError: Problem(414, "invalid_request_error", "uri_too_long"),
     HeadersTooLargeError: Problem(431, "invalid_request_error", "headers_too_large"),
     NotFoundError: Problem(404, "invalid_request_error", "not_found"),
+    ConflictError: Problem(409, "invalid_request_error", "conflict"),
+    ReusedKeyError: Problem(422, "invalid_request_error", "idempotency_key_reused"),
+    BundleRefusedError: Problem(422, "invalid_request_error", "bundle_refused"),
     TooLargeError: Problem(413, "invalid_request_error", "too_large"),
     UnsupportedBodyError: Problem(415, "invalid_request_error", "unsupported_body"),
     RejectedImageError: Problem(422, "invalid_request_error", "invalid_image"),

@@ -34,9 +34,8 @@ class FetchError(Exception):
 def is_public(text: str) -> bool:
     """Whether an IP address is one of the open internet."""
     address = ipaddress.ip_address(text)
-    if isinstance(address, ipaddress.IPv6Address):
-        if address not in UNICAST or any(address in network for network in CARRIERS):
-            return False
+    if address.version == 6 and (address not in UNICAST or any(address in network for network in CARRIERS)):
+        return False
     return address.is_global and not address.is_multicast
 
 

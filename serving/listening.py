@@ -5,10 +5,11 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = ["listens_on_loopback"]
 
-DESCRIPTORS = "/dev/fd"
+DESCRIPTORS = Path("/dev/fd")
 
 
 def listens_on_loopback() -> bool:
@@ -20,7 +21,7 @@ def listens_on_loopback() -> bool:
 def _listening_addresses() -> Iterator[str]:
     """Addresses of the TCP sockets among this process's descriptors that take connections."""
     try:
-        descriptors = [int(name) for name in os.listdir(DESCRIPTORS)]
+        descriptors = [int(entry.name) for entry in DESCRIPTORS.iterdir()]
     except OSError:  # Windows
         return
     for descriptor in descriptors:

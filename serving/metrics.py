@@ -19,10 +19,8 @@ from starlette.responses import Response
 from coterie.classifier import Classification
 from serving.observer import Observer
 
-__all__ = ["FOLDER_VARIABLE", "Measures", "metrics"]
+__all__ = ["Measures", "lives", "metrics"]
 
-# Set for its workers by the process that starts them.
-FOLDER_VARIABLE = "COTERIE_METRICS"
 MAX_CLASSES = 200
 OTHER = "other"
 
@@ -50,9 +48,7 @@ class Measures(Observer):
         self._seconds = Histogram(
             "coterie_request_seconds", "From head to answer.", ["route"], buckets=SECONDS, registry=registry
         )
-        self._queue = Histogram(
-            "coterie_queue_seconds", "Waiting for the encoder.", buckets=SECONDS, registry=registry
-        )
+        self._queue = Histogram("coterie_queue_seconds", "Waiting for the encoder.", buckets=SECONDS, registry=registry)
         self._decode = Histogram(
             "coterie_decode_seconds", "Making pixels of an image.", buckets=SECONDS, registry=registry
         )
@@ -147,8 +143,7 @@ class Measures(Observer):
 
 async def metrics(request: Request) -> Response:
     """GET /metrics: what all workers have counted."""
-    measures: Measures = request.app.state.measures
-    content = await asyncio.to_thread(measures.text)
+    content = await asyncio.to_thread(request.app.state.safety.metrics)
     return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
@@ -156,11 +151,12 @@ def _forget_dead_workers(folder: Path) -> None:
     """Drop the gauges of workers that were killed; what they have counted stays."""
     for file in folder.glob("gauge_live*.db"):
         found = re.search(r"_(\d+)\.db$", file.name)
-        if found and not _lives(int(found[1])):
+        if found and not lives(int(found[1])):
             file.unlink(missing_ok=True)
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

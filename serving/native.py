@@ -16,11 +16,12 @@ from starlette.responses import Response
 
 from coterie.errors import CoterieError
 from serving.answers import LARGE_ANSWER, entry
-from serving.engine import Answered, Engine
+from serving.engine import Answered
 from serving.errors import BadRequestError, RequestError, TimedOutError, TooLargeError, problem
 from serving.inputs import from_strings
 from serving.limits import check_count
 from serving.questions import Classify, Question
+from serving.served import Served
 
 __all__ = ["NativeMethods"]
 
@@ -32,7 +33,7 @@ class NativeMethods:
     annotated with what a client reads.
     """
 
-    engine: Engine
+    served: Served
 
     @bentoml.api
     async def embed(self, images: list[str]) -> list[list[float]]:
@@ -50,8 +51,7 @@ class NativeMethods:
         return await _response(answered, lambda: [entry(row, index) for index, row in enumerate(answered.rows)])
 
     async def _answer(self, images: list[str], question: Question | None) -> Answered:
-        engine = self.engine
-        with _as_bentoml():
+        with self.served.held() as engine, _as_bentoml():
             if not images:
                 raise BadRequestError("images is empty: send at least one")
             check_count(len(images), engine.limits)

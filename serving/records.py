@@ -228,21 +228,24 @@ def _complete(headers: list[tuple[bytes, bytes]], request_id: bytes) -> None:
 
 def _line(note: Note) -> bytes:
     """One line of the log. Query, body and headers are not in it, for they may hold images and secrets."""
-    return to_json(
-        {
-            "time": datetime.fromtimestamp(note.time, UTC).isoformat(timespec="milliseconds"),
-            "method": note.method,
-            "route": note.route,
-            "status": note.status,
-            "ms": round(note.seconds * 1000, 3),
-            "images": note.images,
-            "bytes_in": note.bytes_in,
-            "bytes_out": note.bytes_out,
-            "key": note.key,
-            "id": note.id,
-            "error": note.error,
-        }
-    ) + b"\n"
+    return (
+        to_json(
+            {
+                "time": datetime.fromtimestamp(note.time, UTC).isoformat(timespec="milliseconds"),
+                "method": note.method,
+                "route": note.route,
+                "status": note.status,
+                "ms": round(note.seconds * 1000, 3),
+                "images": note.images,
+                "bytes_in": note.bytes_in,
+                "bytes_out": note.bytes_out,
+                "key": note.key,
+                "id": note.id,
+                "error": note.error,
+            }
+        )
+        + b"\n"
+    )
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterable[bytes]:

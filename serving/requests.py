@@ -18,7 +18,8 @@ Query = TypeVar("Query", bound=BaseModel)
 
 
 def engine_of(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
+    """The engine that was in charge when the request came; `serving.envelope` holds it until the answer is out."""
+    engine: Engine = request.scope["coterie.engine"]
     return engine
 
 

@@ -1,6 +1,7 @@
 """The HTTP application: which path answers what.
 
-`build_app` makes it before there is an engine; whoever starts the service puts one into `app.state.engine`.
+`build_app` makes it before there is an engine; whoever starts the service puts a `Served` into `app.state.served` and,
+for bundles to be swapped, a `Swapper` into `app.state.swapper`.
 """
 
 from pydantic_core import to_json
@@ -13,9 +14,10 @@ from starlette.routing import Match, Mount, Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serving import asking, browsing
+from serving import asking, browsing, changing
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
+from serving.metrics import metrics
 from serving.requests import engine_of
 
 __all__ = ["build_app"]
@@ -38,14 +40,21 @@ ROUTES = (
     Route("/v1/search", asking.search, methods=["POST"]),
     Route("/v1/verify", asking.verify, methods=["POST"]),
     Route("/v1/bundle", browsing.bundle),
+    Route("/v1/bundle", changing.swap, methods=["POST"]),
     Route("/v1/models", browsing.models),
     Route("/v1/classes", browsing.classes),
+    Route("/v1/classes/{label}/examples", changing.enroll, methods=["POST"]),
+    Route("/v1/classes/{label}", changing.forget, methods=["DELETE"]),
+    Route("/v1/gallery", browsing.items),
+    Route("/v1/gallery/{id}", browsing.item),
+    Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
+    Route("/metrics", metrics),
 )
 
 
 def build_app() -> Starlette:
-    """The application; it needs `app.state.engine` before its first request."""
+    """The application; it needs `app.state.served` before its first request."""
     return Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],

@@ -175,7 +175,7 @@ def _no_constant(name: str) -> None:
 class ErrorEntry(BaseModel):
     message: str
     type: str
-    param: str | None
+    param: str | None = None
     code: str
 
 
@@ -278,11 +278,16 @@ class AnswerList(BaseModel):
 
 
 class ClassEntry(BaseModel):
-    """A class; `radius` is the typical gap, 1 − similarity, of its images to its widest prototype."""
+    """A class; `radius` is the typical gap, 1 − similarity, of its images to its widest prototype.
+
+    Attributes:
+        count, enrolled: its items, and those of them that came after the bundle was made.
+    """
 
     object: Literal["class"] = "class"
     label: str
     count: int
+    enrolled: int
     radius: float
 
 

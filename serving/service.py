@@ -10,15 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+# BentoML reports who serves what, and looks for this when it is imported.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
 import bentoml
 
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError, DeviceError
+from serving.access import Access
 from serving.engine import Engine
 from serving.model_store import find_bundle
 from serving.native import NativeMethods
+from serving.pointer import bundle_to_serve, end_older_swap
+from serving.records import Recorder
 from serving.routes import build_app
-from serving.settings import Settings
+from serving.safety import Safety, check_safety, metrics_folder
+from serving.served import Served
+from serving.settings import Settings, traced
+from serving.swapping import Swapper
 
 __all__ = ["Coterie"]
 
@@ -26,8 +35,9 @@ logger = logging.getLogger("coterie.serving")
 
 app = build_app()
 
-# One span and one log line per request would cost more than a small encoder takes for the image.
-QUIET = ["/v1/", "/embed", "/classify", "/healthz", "/livez", "/readyz"]
+# A span for each request would cost more than a small encoder takes for the image, unless somebody wants to see them.
+PROBES = ["/healthz", "/livez", "/readyz", "/metrics"]
+QUIET = PROBES if traced() else [*PROBES, "/v1/", "/embed", "/classify"]
 
 
 @bentoml.service(
@@ -48,13 +58,39 @@ class Coterie(NativeMethods):
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
         settings = Settings.from_environment()
-        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
-        self.engine = Engine(bundle, state=settings.state, store=settings.store)
-        app.state.engine = self.engine
+
+        safety = app.state.safety = Safety(settings)
+
+        def open_bundle(path: Path) -> Bundle:
+            return Bundle.open(path, device=settings.device, threads=settings.threads)
+
+        def load(bundle: Bundle) -> Engine:
+            return Engine(
+                bundle,
+                state=settings.state,
+                store=settings.store,
+                limits=settings.limits,
+                observer=safety.measures,
+            )
+
+        configured = open_bundle(find_bundle(settings.bundle))
+        bundle = bundle_to_serve(configured, settings.state, open_bundle)
+        self.served = app.state.served = Served(load(bundle))
+        self.swapper = app.state.swapper = Swapper(
+            self.served,
+            configured.manifest,
+            settings.state,
+            open_bundle=open_bundle,
+            load=load,
+            bundles=settings.bundles,
+        )
+        self.swapper.start()
+        safety.watch(self.served)
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
 
     async def __is_ready__(self) -> bool:
-        return await self.engine.ready()
+        with self.served.held() as engine:
+            return await engine.ready()
 
     @bentoml.on_deployment
     @staticmethod
@@ -66,18 +102,31 @@ class Coterie(NativeMethods):
         try:
             settings = Settings.from_environment()
             path = find_bundle(settings.bundle)
-            bundle = Bundle.open(path, device="cpu")
+            configured = Bundle.open(path, device="cpu")
+            end_older_swap(configured, settings.state)
+            bundle = bundle_to_serve(configured, settings.state, lambda other: Bundle.open(other, device="cpu"))
             _try_device(settings.device, bundle)
             bundle.gallery(settings.state, options=settings.store).close()
+            check_safety(settings)
         except (CoterieError, OSError) as error:
             print(f"coterie: {error}", file=sys.stderr)
             sys.exit(CoterieError.exit_code)
         # Whatever is pushed to the model store meanwhile, all workers serve the one that was checked.
         os.environ["COTERIE_BUNDLE"] = str(path)
+        metrics_folder(settings)
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        self.engine.close()
+        self.swapper.close()
+        self.served.close()
+        app.state.safety.close()
+
+
+# Around everything, BentoML's own routes too; the first is the outermost.
+Coterie.add_asgi_middleware(
+    Recorder, records=lambda: app.state.safety.records, journal=lambda: app.state.safety.journal
+)
+Coterie.add_asgi_middleware(Access, policy=lambda: app.state.safety.policy)
 
 
 def _try_device(device: str, bundle: Bundle) -> None:

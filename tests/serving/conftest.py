@@ -16,6 +16,7 @@ from serving import schemas
 from serving.engine import Engine
 from serving.limits import RequestLimits
 from serving.routes import build_app
+from serving.served import Served
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def engine(tiny_bundle: Bundle, tmp_path: Path, limits: RequestLimits) -> Iterat
 @pytest.fixture
 def client(engine: Engine) -> Iterator[TestClient]:
     app = build_app()
-    app.state.engine = engine
+    app.state.served = Served(engine)
     with TestClient(app, raise_server_exceptions=False) as one:
         yield one
 
@@ -86,7 +87,7 @@ def _call() -> Callable[..., Any]:
 async def call(engine: Engine, path: str, receive: Any, headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """Call the application as a server does."""
     app = build_app()
-    app.state.engine = engine
+    app.state.served = Served(engine)
     sent: list[dict[str, Any]] = []
     scope = {
         "type": "http",

@@ -20,6 +20,7 @@ from serving.engine import Engine
 from serving.errors import RequestError
 from serving.limits import RequestLimits
 from serving.routes import build_app
+from serving.served import Served
 from serving.tensors import read_pixels
 
 NPY = {"content-type": "application/x-npy"}
@@ -247,7 +248,8 @@ def test_an_array_that_is_not_answered_in_time_gives_its_room_back(
     tiny_bundle: Bundle, as_npy, error_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = build_app()
-    one = app.state.engine = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05), capacity=40)
+    one = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05), capacity=40)
+    app.state.served = Served(one)
     gate, real = threading.Event(), one._encoder.embed
     body = as_npy(np.zeros((40, SIDE, SIDE, 3), dtype=np.uint8))
     with TestClient(app) as client:

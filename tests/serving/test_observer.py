@@ -10,6 +10,7 @@ from coterie.bundle import Bundle
 from serving.engine import Engine
 from serving.observer import Observer
 from serving.routes import build_app
+from serving.served import Served
 
 NPY = {"content-type": "application/x-npy"}
 SIDE = 16
@@ -37,7 +38,8 @@ class Steps(Observer):
 
 def test_answers_say_how_long_they_waited_and_ran(tiny_bundle: Bundle, as_npy) -> None:
     app, steps = build_app(), Steps()
-    one = app.state.engine = Engine(tiny_bundle, observer=steps)
+    one = Engine(tiny_bundle, observer=steps)
+    app.state.served = Served(one)
     body = as_npy(np.full((70, SIDE, SIDE, 3), 9, dtype=np.uint8))
     with TestClient(app) as client:
         for path in ("/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify?label=3"):
@@ -53,7 +55,8 @@ def test_answers_say_how_long_they_waited_and_ran(tiny_bundle: Bundle, as_npy) -
 
 def test_each_step_is_told_of_every_image_once(tiny_bundle: Bundle, digit_images, files, as_npy) -> None:
     app, steps = build_app(), Steps()
-    one = app.state.engine = Engine(tiny_bundle, observer=steps)
+    one = Engine(tiny_bundle, observer=steps)
+    app.state.served = Served(one)
     with TestClient(app) as client:
         client.post("/v1/classify?on_error=partial", files=files([*digit_images.images[:40], b"garbage"]))
         assert [steps.count(step) for step in ("decoded", "waited", "encoded", "searched")] == [41, 40, 40, 40]

@@ -20,6 +20,7 @@ from serving import schemas
 from serving.engine import Engine
 from serving.limits import RequestLimits
 from serving.routes import build_app
+from serving.served import Served
 
 
 def jpeg(png: bytes) -> bytes:
@@ -320,13 +321,13 @@ def test_unknown_paths_and_methods_get_json(client: TestClient, error_of) -> Non
 
 def test_more_images_than_there_is_room_for_get_429(tiny_bundle: Bundle, digit_images, error_of, files, limits) -> None:
     app = build_app()
-    app.state.engine = Engine(tiny_bundle, limits=limits, capacity=2)
+    app.state.served = Served(Engine(tiny_bundle, limits=limits, capacity=2))
     with TestClient(app) as client:
         response = client.post("/v1/classify", files=files(digit_images.images[:3]))
         assert error_of(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
         assert client.post("/v1/classify", files=files(digit_images.images[:2])).status_code == 200
-    app.state.engine.close()
+    app.state.served.close()
 
 
 def test_a_broken_encoder_turns_readiness_off_until_it_answers_again(
@@ -386,7 +387,8 @@ def test_an_answer_that_would_come_too_late_is_504_and_its_room_is_given_back(
     tiny_bundle: Bundle, digit_images, monkeypatch: pytest.MonkeyPatch, error_of
 ) -> None:
     app = build_app()
-    one = app.state.engine = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05))
+    one = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05))
+    app.state.served = Served(one)
     gate, real = threading.Event(), one._encoder.embed
     monkeypatch.setattr(one._encoder, "embed", lambda pixels: real(pixels) if gate.wait(20) else None)
     with TestClient(app) as client:
