@@ -61,7 +61,7 @@ def test_a_revoked_key_is_refused_within_a_second_and_a_new_one_is_known(path: P
 
 def test_the_file_is_looked_at_once_a_second_at_most(path: Path) -> None:
     clock = Clock()
-    key, token = create_key(path, "ask")
+    _, token = create_key(path, "ask")
     ring = Keyring(path, clock=clock)
     assert ring.find(token)
     path.unlink()
