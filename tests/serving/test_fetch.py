@@ -1,4 +1,4 @@
-"""Fetching images: from the hosts allowed, at public addresses, within limits; a server here stands for the internet."""
+"""Fetching images: from the hosts allowed, at public addresses, within limits; a server here is the internet."""
 
 import asyncio
 import ssl
@@ -125,7 +125,7 @@ def test_chunks_and_bodies_that_end_with_the_connection_are_understood() -> None
 def test_other_hosts_schemes_and_odd_addresses_are_not_even_looked_up(url: str) -> None:
     async def run() -> None:
         async with Internet(sends(OK % (5, b"image"))) as internet:
-            with pytest.raises(FetchError, match="only plain https|not fetched from this host"):
+            with pytest.raises(FetchError, match=r"only plain https|not fetched from this host"):
                 await internet.fetcher().fetch(url)
             assert not internet.connected
 
@@ -246,18 +246,18 @@ def test_a_slow_drip_and_a_silent_server_end_with_the_time() -> None:
     ],
 )
 def test_what_is_no_whole_answer_is_no_image(answer: bytes) -> None:
-    with pytest.raises(FetchError, match="could not be fetched$"):
+    with pytest.raises(FetchError, match=r"could not be fetched$"):
         fetched(answer)
 
 
 def test_a_certificate_that_is_not_the_hosts_ends_it() -> None:
-    with pytest.raises(FetchError, match="could not be fetched$"):  # of another authority
+    with pytest.raises(FetchError, match=r"could not be fetched$"):  # of another authority
         fetched(OK % (5, b"image"), context=ssl.create_default_context())
 
     async def resolve(host: str, port: int) -> list[str]:
         return [PUBLIC]
 
-    with pytest.raises(FetchError, match="could not be fetched$"):  # of another name
+    with pytest.raises(FetchError, match=r"could not be fetched$"):  # of another name
         fetched(
             OK % (5, b"image"), "https://other.example.org/", hosts=frozenset({"other.example.org"}), resolve=resolve
         )
@@ -267,7 +267,7 @@ def test_a_host_without_an_address_ends_it() -> None:
     async def resolve(host: str, port: int) -> list[str]:
         raise OSError("Name or service not known")
 
-    with pytest.raises(FetchError, match="could not be fetched$"):
+    with pytest.raises(FetchError, match=r"could not be fetched$"):
         fetched(OK % (5, b"image"), resolve=resolve)
 
 
