@@ -9,7 +9,7 @@ from rich.text import Text
 
 from coterie_cli.options import console
 
-__all__ = ["key_app"]
+__all__ = ["KeyFile", "key_app"]
 
 key_app = typer.Typer(help="Make, show and revoke API keys.", no_args_is_help=True)
 
@@ -19,7 +19,9 @@ State = Annotated[
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--keys", envvar="COTERIE_KEYS", help="Another key file than that one.", show_default=False),
+    typer.Option(
+        "--keys", envvar="COTERIE_KEYS", help="The key file; else keys.json in the state folder.", show_default=False
+    ),
 ]
 
 

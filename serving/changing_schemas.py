@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serving.schemas import AskingQuery, ErrorItem, ImagesBody
 
@@ -41,7 +41,7 @@ class ExamplesQuery(AskingQuery):
         metadata: an object for all images, or a list with one for each; in the query as JSON.
     """
 
-    metadata: Annotated[Metadata | list[Metadata], BeforeValidator(_parsed)] = {}
+    metadata: Annotated[Metadata | list[Metadata], BeforeValidator(_parsed)] = Field(default_factory=dict)
 
 
 class ExamplesBody(ImagesBody, ExamplesQuery):

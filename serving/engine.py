@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -244,18 +245,16 @@ class Engine:
     def _run(self, parts: list[Part[NDArray[np.uint8], _Asked]]) -> list[Sequence[Any]]:
         """Embeddings of a batch's parts, or what their questions are answered with."""
         embeddings = self._encode(parts)
-        ends = np.cumsum([len(part.rows) for part in parts]).tolist()
-        results: list[Sequence[Any]] = np.split(embeddings, ends[:-1])
+        results = _cut(embeddings, [len(part.rows) for part in parts])
         asking: dict[Question, list[int]] = defaultdict(list)
         for number, part in enumerate(parts):
             if part.context.question is not None:
                 asking[part.context.question].append(number)
         for question, numbers in asking.items():
-            answers = self._look_up(np.concatenate([results[number] for number in numbers]), question)
-            start = 0
-            for number in numbers:
-                end = start + len(parts[number].rows)
-                results[number], start = answers[start:end], end
+            own = [results[number] for number in numbers]
+            answers = self._look_up(np.concatenate(own), question)
+            for number, found in zip(numbers, _cut(answers, map(len, own)), strict=True):
+                results[number] = found
         return results
 
     def _encode(self, parts: list[Part[NDArray[np.uint8], _Asked]]) -> NDArray[np.float32]:
@@ -285,6 +284,12 @@ class Engine:
             return [error] * len(embeddings)
         finally:
             self._observer.searched(len(embeddings), time.perf_counter() - began)
+
+
+def _cut(rows: Sequence[Any], lengths: Iterable[int]) -> list[Sequence[Any]]:
+    """Consecutive parts of rows."""
+    ends = list(accumulate(lengths))
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _woven(rows: Sequence[Any], errors: dict[int, RequestError]) -> list[Any]:

@@ -158,7 +158,9 @@ PROBLEMS: dict[type[Exception], Problem] = {
     StoreBusyError: Problem(
         503, "server_error", "gallery_busy", "the gallery is being changed by another process: try again", 1
     ),
-    StoreError: Problem(503, "server_error", "gallery_unavailable", "the gallery cannot be read at the moment"),
+    StoreError: Problem(
+        503, "server_error", "gallery_unavailable", "the gallery cannot be read or changed at the moment"
+    ),
     TimedOutError: Problem(504, "server_error", "timed_out"),
     Exception: Problem(500, "server_error", "internal_error"),
 }

@@ -51,7 +51,7 @@ class NativeMethods:
         return await _response(answered, lambda: [entry(row, index) for index, row in enumerate(answered.rows)])
 
     async def _answer(self, images: list[str], question: Question | None) -> Answered:
-        with self.served.held() as engine, _as_bentoml():
+        with _as_bentoml(), self.served.held() as engine:
             if not images:
                 raise BadRequestError("images is empty: send at least one")
             check_count(len(images), engine.limits)

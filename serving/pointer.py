@@ -1,7 +1,7 @@
 """Which bundle the workers of a service have agreed on: a small file beside the gallery's changes.
 
-The file holds what was swapped in by request, and the id of the bundle that the operator had named when it was. Another
-word of the operator's, another bundle in COTERIE_BUNDLE or in the place it names, is newer and ends what the file says.
+The file holds what was swapped in by request, and the id of the bundle that the operator had named when it was. Once
+the operator names another one, or puts another one in its place, that is the newer word and the file says nothing.
 """
 
 import logging

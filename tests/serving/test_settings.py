@@ -16,6 +16,7 @@ def test_defaults_and_empty_variables_are_the_same() -> None:
     assert defaults == Settings.from_environment(
         {
             "COTERIE_BUNDLE": "",
+            "COTERIE_BUNDLES": "",
             "COTERIE_STATE": "",
             "COTERIE_DEVICE": "",
             "COTERIE_THREADS": "",
@@ -27,8 +28,11 @@ def test_defaults_and_empty_variables_are_the_same() -> None:
 
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = Settings.from_environment({"COTERIE_BUNDLE": "some/bundle", "COTERIE_STATE": "~/state"})
+    settings = Settings.from_environment(
+        {"COTERIE_BUNDLE": "some/bundle", "COTERIE_BUNDLES": "some", "COTERIE_STATE": "~/state"}
+    )
     assert settings.bundle == tmp_path / "some/bundle"
+    assert settings.bundles == tmp_path / "some"
     assert settings.state == Path("~/state").expanduser()
 
 
