@@ -4,6 +4,7 @@ Made by each worker once its settings are read; the middleware is given it then.
 """
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from serving.keys import Keyring, read_keys
 from serving.metrics import Measures, lives
 from serving.records import Records, to_standard_output
 from serving.served import Served
-from serving.settings import Settings
+from serving.settings import Settings, traced
 
 __all__ = ["Safety", "check_safety", "metrics_folder"]
 
@@ -75,8 +76,11 @@ def check_safety(settings: Settings) -> None:
     """Find what would keep a worker from starting.
 
     Raises:
-        CoterieError: the key file is missing or damaged, or nothing can be written to the state folder.
+        CoterieError: the key file is missing or damaged, nothing can be written to the state folder, or requests cannot
+            be traced.
     """
+    if traced() and importlib.util.find_spec("opentelemetry.exporter") is None:
+        raise CoterieError("COTERIE_OTEL needs OpenTelemetry's exporter, which is not here: install coterie[otel]")
     path = _key_file(settings)
     if settings.keys is not None or path.exists():
         read_keys(path)

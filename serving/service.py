@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 # BentoML reports who serves what, and looks for this when it is imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -35,9 +36,12 @@ logger = logging.getLogger("coterie.serving")
 
 app = build_app()
 
-# A span for each request would cost more than a small encoder takes for the image, unless somebody wants to see them.
 PROBES = ["/healthz", "/livez", "/readyz", "/metrics"]
-QUIET = PROBES if traced() else [*PROBES, "/v1/", "/embed", "/classify"]
+# A span for each request would cost more than a small encoder takes for the image, unless somebody wants to see them.
+TRACING: dict[str, Any] = {"excluded_urls": [*PROBES, "/v1/", "/embed", "/classify"]}
+if traced():
+    # OpenTelemetry's own variables say whom spans are sent to, and how many.
+    TRACING = {"excluded_urls": PROBES, "exporter_type": "otlp", "sample_rate": 1.0, "otlp": {"protocol": "http"}}
 
 
 @bentoml.service(
@@ -48,7 +52,7 @@ QUIET = PROBES if traced() else [*PROBES, "/v1/", "/embed", "/classify"]
     # BentoML's metrics make a time series of every path that anybody asks for.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
-    tracing={"excluded_urls": QUIET},
+    tracing=TRACING,
 )
 @bentoml.asgi_app(app, path="/")
 class Coterie(NativeMethods):

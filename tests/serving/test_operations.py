@@ -141,15 +141,17 @@ def test_what_is_under_way_when_the_service_is_told_to_end_is_finished(
     tiny_bundle: Bundle, digit_images, tmp_path: Path
 ) -> None:
     image = digit_images.images[0]
-    with running(tmp_path, tiny_bundle) as service:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-            head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n\r\n"
-            connection.sendall(head.encode() + image[:50])
-            service.until(lambda: service.get("/readyz") == 200)
-            service.stop()
-            service.until(lambda: service.get("/readyz") != 200)
-            connection.sendall(image[50:])
-            assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 200")
+    with (
+        running(tmp_path, tiny_bundle) as service,
+        socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection,
+    ):
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n\r\n"
+        connection.sendall(head.encode() + image[:50])
+        service.until(lambda: service.get("/readyz") == 200)
+        service.stop()
+        service.until(lambda: service.get("/readyz") != 200)
+        connection.sendall(image[50:])
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("harm", ["no key file", "a damaged key file", "a damaged default key file", "no state folder"])
