@@ -64,11 +64,12 @@ class Safety:
         if self._served is None:
             return
         with self._served.held() as engine:
+            try:
+                items = len(engine.gallery().items.labels)
+            except CoterieError:  # whoever asks next is told
+                return
             self.measures.state(
-                bundle=engine.manifest.id,
-                name=engine.manifest.name,
-                items=len(engine.gallery().items.labels),
-                under_way=engine.under_way,
+                bundle=engine.manifest.id, name=engine.manifest.name, items=items, under_way=engine.under_way
             )
 
 
