@@ -43,6 +43,8 @@ if traced():
     # OpenTelemetry's own variables say whom spans are sent to, and how many.
     TRACING = {"excluded_urls": PROBES, "exporter_type": "otlp", "sample_rate": 1.0, "otlp": {"protocol": "http"}}
 
+SWITCH_SECONDS = 0.0005
+
 
 @bentoml.service(
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
@@ -61,6 +63,8 @@ class Coterie(NativeMethods):
     def __init__(self) -> None:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
+        # A thread that waits for Python's lock gets it after this time; requests and the gallery's upkeep share it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.from_environment()
 
         safety = app.state.safety = Safety(settings)
