@@ -6,6 +6,7 @@ Made by each worker once its settings are read; the middleware is given it then.
 import atexit
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ __all__ = ["Safety", "check_safety", "metrics_folder"]
 
 # Set for its workers by the process that starts them.
 FOLDER_VARIABLE = "COTERIE_METRICS"
+# What a service that was killed may have left, by the number of its process.
+LEFT = re.compile(r"\.metrics-(\d+)-\w{8}")
 
 
 class Safety:
@@ -96,10 +99,11 @@ def check_safety(settings: Settings) -> None:
 
 def metrics_folder(settings: Settings) -> None:
     """Make the folder that the workers of this process will share their counts in, for as long as it runs."""
-    for left in settings.state.glob("metrics-*-*"):
-        if not lives(int(left.name.split("-")[1])):
+    for left in settings.state.iterdir():
+        found = LEFT.fullmatch(left.name)
+        if found and not lives(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"metrics-{os.getpid()}-", dir=settings.state)
+    folder = tempfile.mkdtemp(prefix=f".metrics-{os.getpid()}-", dir=settings.state)
     os.environ[FOLDER_VARIABLE] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 

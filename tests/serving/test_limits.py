@@ -159,3 +159,13 @@ def test_a_client_that_leaves_in_the_middle_of_a_body_leaves_nothing_behind(
             connection.sendall(head(content_length="50000") + b"x" * 100)
     status, _, _ = say(posted(digit_images.images[0], "image/png"))
     assert status == 200 and engine.under_way == 0
+
+
+def test_a_refused_request_does_not_lend_its_body_to_the_next(port: int) -> None:
+    inner = head("/v1/classes/3", "DELETE")
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head("/v1/classes/3", "DELETE", host="evil", content_length=str(len(inner))) + inner)
+        connection.sendall(head("/nope", "GET"))
+        connection.shutdown(socket.SHUT_WR)
+        answers = connection.makefile("rb").read()
+    assert answers.startswith(b"HTTP/1.1 4") and b"200 OK" not in answers

@@ -18,6 +18,8 @@ import pytest
 
 from coterie.bundle import Bundle
 from serving.keys import create_key, revoke_key
+from serving.safety import metrics_folder
+from serving.settings import Settings
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE = 60.0
@@ -121,7 +123,7 @@ def test_two_workers_obey_the_same_keys_and_count_together(tiny_bundle: Bundle, 
     assert changes == [("forget", "3", None), ("forget", "4", key.id)]
     lines = [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{")]
     assert sum(line["route"] == "/v1/classify" for line in lines) == 30
-    assert not list(service.state.glob("metrics-*"))
+    assert not list(service.state.glob(".metrics-*"))
 
 
 def test_on_all_interfaces_nobody_changes_anything_without_a_key(
@@ -172,6 +174,20 @@ def test_what_would_keep_it_from_starting_ends_it_with_one_line(tiny_bundle: Bun
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("coterie: ") and str(file) in line
+
+
+def test_counts_that_a_killed_service_left_are_cleared_away_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".metrics-{os.getpid()}-abcdefgh", "metrics-1-x", f"metrics-{ended.pid}-abcdefgh", ".metrics-x-abcdefgh"]
+    for name in [f".metrics-{ended.pid}-abcdefgh", *kept]:
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("COTERIE_METRICS", "")
+    metrics_folder(Settings.from_environment({"COTERIE_STATE": str(tmp_path)}))
+    made = Path(os.environ["COTERIE_METRICS"])
+    assert made.is_dir() and {entry.name for entry in tmp_path.iterdir()} == {*kept, made.name}
 
 
 def test_usage_is_not_reported_unless_somebody_wants_it() -> None:
