@@ -36,6 +36,8 @@ logger = logging.getLogger("coterie.serving")
 
 app = build_app()
 
+CHECK_SECONDS = 3
+
 PROBES = ["/healthz", "/livez", "/readyz", "/metrics"]
 # A span for each request would cost more than a small encoder takes for the image, unless somebody wants to see them.
 TRACING: dict[str, Any] = {"excluded_urls": [*PROBES, "/v1/", "/embed", "/classify"]}
@@ -122,6 +124,7 @@ class Coterie(NativeMethods):
         # Whatever is pushed to the model store meanwhile, all workers serve the one that was checked.
         os.environ["COTERIE_BUNDLE"] = str(path)
         metrics_folder(settings)
+        _look_after_workers()
 
     @bentoml.on_shutdown
     def close(self) -> None:
@@ -135,6 +138,19 @@ Coterie.add_asgi_middleware(
     Recorder, records=lambda: app.state.safety.records, journal=lambda: app.state.safety.journal
 )
 Coterie.add_asgi_middleware(Access, policy=lambda: app.state.safety.policy)
+
+
+def _look_after_workers() -> None:
+    """Have this process see every few seconds whether its workers live; BentoML does every ten, and has no setting."""
+    from circus.controller import Controller
+
+    start = Controller.start
+
+    def start_attentive(controller: Any) -> None:
+        controller.check_delay = min(controller.check_delay, CHECK_SECONDS * 1000)
+        start(controller)
+
+    Controller.start = start_attentive
 
 
 def _try_device(device: str, bundle: Bundle) -> None:
