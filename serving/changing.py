@@ -21,6 +21,7 @@ from serving.errors import BadRequestError, NotFoundError, RequestError
 from serving.examples import Examples, check_metadata, enrolled_before, keep
 from serving.inputs import read_sent
 from serving.limits import read_body
+from serving.records import note_images
 from serving.requests import check_model, engine_of, in_time, query_of
 from serving.schemas import NoQuery, first_complaint
 from serving.swapping import Swapper
@@ -93,6 +94,7 @@ async def _read_examples(request: Request, engine: Engine) -> Examples:
     query = query_of(request, schemas.ExamplesQuery)
     # Without a size arrays are refused: what is kept is the image as it was sent.
     images, body = await read_sent(request, engine.limits, schemas.ExamplesBody)
+    note_images(request.scope, len(images))
     if body is not None:
         check_model(body.model, engine)
         given = body.model_fields_set & schemas.ExamplesQuery.model_fields.keys()

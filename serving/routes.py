@@ -17,6 +17,7 @@ from starlette.websockets import WebSocketClose
 from serving import asking, browsing, changing
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
+from serving.metrics import metrics
 from serving.requests import engine_of
 
 __all__ = ["build_app"]
@@ -48,6 +49,7 @@ ROUTES = (
     Route("/v1/gallery/{id}", browsing.item),
     Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
+    Route("/metrics", metrics),
 )
 
 
