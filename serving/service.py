@@ -4,6 +4,7 @@ BentoML starts the workers and answers /healthz, /livez and /readyz, and its own
 other path is the application's of `serving.routes`, mounted at the root.
 """
 
+import gc
 import logging
 import os
 import subprocess
@@ -28,6 +29,7 @@ from serving.routes import build_app
 from serving.safety import Safety, check_safety, metrics_folder
 from serving.served import Served
 from serving.settings import Settings, traced
+from serving.shortcuts import Straight, replace_time_limit
 from serving.swapping import Swapper
 
 __all__ = ["Coterie"]
@@ -96,6 +98,9 @@ class Coterie(NativeMethods):
         )
         self.swapper.start()
         safety.watch(self.served)
+        # What is there now stays. To look through all of it for garbage would hold up every request for 0.1 seconds.
+        gc.collect()
+        gc.freeze()
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
 
     async def __is_ready__(self) -> bool:
@@ -138,6 +143,8 @@ Coterie.add_asgi_middleware(
     Recorder, records=lambda: app.state.safety.records, journal=lambda: app.state.safety.journal
 )
 Coterie.add_asgi_middleware(Access, policy=lambda: app.state.safety.policy)
+Coterie.add_asgi_middleware(Straight, application=app)
+replace_time_limit()
 
 
 def _look_after_workers() -> None:
