@@ -28,7 +28,7 @@ logger = logging.getLogger("coterie.gallery")
 
 # A new foundation is laid when so many rows were added or removed, and this share of the old one. Up to there they
 # cost a search a tenth of what the foundation does.
-MANY_CHANGES, LARGE_SHARE = 2000, 0.05
+MANY_CHANGES, LARGE_SHARE = 2000, 0.1
 
 
 class Gallery:

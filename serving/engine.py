@@ -1,7 +1,7 @@
 """A bundle at work: images in, embeddings or answers about them out.
 
-Owns the bundle, its gallery, the decoding threads and the batcher, and knows whether the encoder really answers. Images
-are decoded before they queue, so that what waits can be run and a bad one harms nobody. Knows nothing of HTTP.
+Owns the bundle, its gallery, the decoder and the batcher, and knows whether the encoder really answers. Knows nothing
+of HTTP.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coterie.bundle import Bundle
-from coterie.errors import CoterieError, ImageError
+from coterie.errors import CoterieError
 from coterie.gallery import Gallery, Snapshot
-from coterie.images import load_pixels
 from coterie.machine import processors
 from coterie.store import StoreOptions
 from serving.batcher import Batcher, Part
-from serving.errors import EncoderError, OverloadedError, RejectedImageError, RequestError
+from serving.decoder import Decoder
+from serving.errors import EncoderError, OverloadedError, RejectedImageError
 from serving.limits import RequestLimits
 from serving.observer import Observer
 from serving.questions import Question
@@ -41,14 +40,12 @@ logger = logging.getLogger("coterie.serving")
 Embedding = NDArray[np.float32]
 # Encoded images, where an error stands for one that has been refused already; or pixels of the encoder's size,
 # uint8 (n, h, w, 3).
-Images = Sequence[bytes | RequestError] | NDArray[np.uint8]
+Images = Sequence[bytes | RejectedImageError] | NDArray[np.uint8]
 
 # A lone image waits for one such batch at most; on CPUs larger ones encode no faster per image.
 MAX_BATCH = 32
 # Images under way, from arrival to answer: several full requests, and a bound on memory and on waiting.
 CAPACITY = 1024
-# A thread's hop costs the event loop some 30 µs; the images of a client that left are decoded to the end of so many.
-DECODED_TOGETHER = 8
 # Readiness: how old an answer may be before a probe is sent, how long the question waits for the probe, and how long
 # an encoder may be busy with work that was there before.
 FRESH_SECONDS, PROBE_SECONDS, PATIENCE_SECONDS = 2.0, 0.8, 10.0
@@ -105,11 +102,12 @@ class Engine:
     ) -> None:
         self.bundle, self.limits, self._observer = bundle, limits, observer
         self.manifest = bundle.manifest
-        self._preprocessing = self.manifest.encoder.preprocessing
         self._encoder = bundle.encoder
         self._gallery = bundle.gallery(state, options=store)
         self._encoder.warm_up(MAX_BATCH)
-        self._decoders = ThreadPoolExecutor(processors(), thread_name_prefix="decode")
+        self._decoder = Decoder(
+            self.manifest.encoder.preprocessing, limits.image, threads=processors(), observer=observer
+        )
         self._batcher = Batcher[NDArray[np.uint8], _Asked, Any](
             self._run,
             max_batch=MAX_BATCH,
@@ -149,7 +147,7 @@ class Engine:
                 pixels, errors = images, {}
             else:
                 _raise_first(images, partial)
-                pixels, errors = await self._decode(images)
+                pixels, errors = await self._decoder.decode(images)
                 _raise_first(errors.values(), partial)
             if not len(pixels):
                 return Answered([errors[row] for row in range(len(images))])
@@ -193,7 +191,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads; work that is under way ends first."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         self._batcher.close()
         self._gallery.close()
 
@@ -208,39 +206,6 @@ class Engine:
 
     def _busy(self) -> bool:
         return time.monotonic() - self._answered < PATIENCE_SECONDS
-
-    async def _decode(
-        self, images: Sequence[bytes | RequestError]
-    ) -> tuple[NDArray[np.uint8], dict[int, RequestError]]:
-        """Pixels of the images that can be used, in order, and by row the errors of the others."""
-        pixels = np.empty((len(images), *self._preprocessing.input_size, 3), dtype=np.uint8)
-        step = min(DECODED_TOGETHER, -(-len(images) // processors()))
-        loop = asyncio.get_running_loop()
-        found = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._decoders, self._decode_some, images, pixels, range(start, start + step))
-                for start in range(0, len(images), step)
-            )
-        )
-        errors = {row: error for some in found for row, error in some.items()}
-        return (np.delete(pixels, list(errors), axis=0) if errors else pixels), errors
-
-    def _decode_some(
-        self, images: Sequence[bytes | RequestError], pixels: NDArray[np.uint8], rows: range
-    ) -> dict[int, RequestError]:
-        errors: dict[int, RequestError] = {}
-        for row in rows[: len(images) - rows.start]:
-            image = images[row]
-            if isinstance(image, RequestError):
-                errors[row] = image
-                continue
-            began = time.perf_counter()
-            try:
-                pixels[row] = load_pixels(image, self._preprocessing, self.limits.image)
-            except ImageError as error:
-                errors[row] = RejectedImageError(row, str(error))
-            self._observer.decoded(time.perf_counter() - began)
-        return errors
 
     def _run(self, parts: list[Part[NDArray[np.uint8], _Asked]]) -> list[Sequence[Any]]:
         """Embeddings of a batch's parts, or what their questions are answered with."""
@@ -290,7 +255,7 @@ def _cut(rows: Sequence[Any], lengths: Iterable[int]) -> list[Sequence[Any]]:
     return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _woven(rows: Sequence[Any], errors: dict[int, RequestError]) -> list[Any]:
+def _woven(rows: Sequence[Any], errors: dict[int, RejectedImageError]) -> list[Any]:
     """Results, with the errors of images that were not run at their places, each named by its index."""
     found = iter(rows)
     woven = [errors[row] if row in errors else next(found) for row in range(len(rows) + len(errors))]

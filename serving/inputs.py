@@ -20,7 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from serving.errors import BadRequestError, RejectedImageError, UnsupportedBodyError
-from serving.limits import RequestLimits, check_count, read_body
+from serving.limits import LARGE_BODY, RequestLimits, check_count, read_body
 from serving.schemas import ImagesBody, first_complaint
 from serving.tensors import NPY, read_pixels
 
@@ -34,8 +34,6 @@ Sent = list[bytes | RejectedImageError] | NDArray[np.uint8]
 
 # What is sent for a plain file: nothing at all, or what curl's --data-binary says by itself.
 RAW_TYPES = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
-# Parsing less than this on the event loop takes under a millisecond, and a thread's hop a tenth of one.
-LARGE_BODY = 2**20
 
 
 @dataclass(frozen=True)

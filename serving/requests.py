@@ -24,15 +24,12 @@ def engine_of(request: Request) -> Engine:
 
 
 def query_of(request: Request, schema: type[Query]) -> Query:
-    values: dict[str, Any] = {}
+    """The query's values; one that is given more than once is a list."""
+    given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
-        values[name] = (
-            [*(before if isinstance(before, list) else [before]), value]
-            if (before := values.get(name)) is not None
-            else value
-        )
+        given.setdefault(name, []).append(value)
     try:
-        return schema.model_validate(values)
+        return schema.model_validate({name: values if values[1:] else values[0] for name, values in given.items()})
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
         raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error

@@ -200,6 +200,8 @@ class EmbeddingEntry(BaseModel):
 class Usage(BaseModel):
     """OpenAI's clients expect it; images have no tokens."""
 
+    model_config = ConfigDict(frozen=True)  # else every answer gets a deep copy of it
+
     prompt_tokens: int = 0
     total_tokens: int = 0
 

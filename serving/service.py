@@ -32,6 +32,8 @@ app = build_app()
 # One span and one log line per request would cost more than a small encoder takes for the image.
 QUIET = ["/v1/", "/embed", "/classify", "/healthz", "/livez", "/readyz"]
 
+SWITCH_SECONDS = 0.0005
+
 
 @bentoml.service(
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
@@ -50,6 +52,8 @@ class Coterie(NativeMethods):
     def __init__(self) -> None:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
+        # A thread that waits for Python's lock gets it after this time; requests and the gallery's upkeep share it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.from_environment()
 
         def open_bundle(path: Path) -> Bundle:

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -172,6 +174,45 @@ def test_openais_client_gets_embeddings_as_numbers_and_as_base64(
         assert (caught.value.param, caught.value.code) == ("input[1]", "invalid_image")
         with pytest.raises(NotFoundError):
             client.embeddings.create(model="another", input=strings)
+
+
+def test_the_documented_commands_do_what_is_said_of_them(tiny_bundle: Bundle, digit_images, tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "serving.md").read_text("utf-8")
+    ours = text[: text.index("## Clients")]
+    (tmp_path / "one.jpg").write_bytes(jpeg(digit_images.images[0]))
+    (tmp_path / "two.png").write_bytes(digit_images.images[1])
+    (tmp_path / "notes.txt").write_text("no image")
+    np.save(tmp_path / "pixels.npy", tiny_bundle.pixels(digit_images.images[:2]))
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", ours, re.DOTALL) for line in block.splitlines()]
+    said = {}
+    settings = {"COTERIE_BUNDLE": str(tiny_bundle.path)}
+    with serving("serving.service:Coterie", tmp_path / "home", **settings) as client:
+        for command in commands:
+            line = command.replace("http://127.0.0.1:3000", str(client.base_url)).replace(
+                "python -c", f"{sys.executable} -c"
+            )
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+            said[command] = done.stdout
+
+    def objects(part: str) -> list[str]:
+        ((answer,),) = [[json.loads(out) for command, out in said.items() if part in command]]
+        return [entry["object"] for entry in answer["data"]]
+
+    assert objects("-H 'Content-Type: image/jpeg'") == ["classification"]
+    assert objects("v1/classify -H 'Content-Type: application/x-npy'") == ["classification"] * 2
+    assert objects("v1/embeddings -H 'Content-Type: application/json'") == ["embedding"]
+    assert objects("encoding_format=base64") == ["embedding"]
+    assert objects("false_reject=0.01&top=3") == ["classification"]
+    assert objects("label=3&label=5") == objects("metadata.row=7") == ["neighbors"]
+    assert objects("v1/verify") == ["verification"] * 2
+    assert objects("on_error=partial") == ["classification", "error"]
+    assert [out for command, out in said.items() if "numpy.load" in command] == ["(2, 32)\n"]
+    failed = [
+        json.loads(out)["error"]["code"]
+        for command, out in said.items()
+        if '"error"' in out and "partial" not in command
+    ]
+    assert failed == ["invalid_image"]
 
 
 @pytest.fixture
