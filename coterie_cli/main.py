@@ -353,6 +353,31 @@ def serve(
     serve_bundle(bundle, host=host, port=port, state=state, bundles=bundles, device=device, threads=threads, more=more)
 
 
+@app.command()
+def enroll(
+    data: Annotated[
+        Path,
+        typer.Argument(help=f"Images: {FORMS}; or, with --label, any folder or an image file.", show_default=False),
+    ],
+    url: Annotated[str, typer.Option(help="Address of the service, such as http://127.0.0.1:3000.")],
+    label: Annotated[str | None, typer.Option(help="The class of all of them.", show_default=False)] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="COTERIE_KEY", help="An API key of the service.", show_default=False)
+    ] = None,
+    rejects: Annotated[
+        Path | None,
+        typer.Option(help="Where images left out are listed; else DATA.rejects.csv beside it.", show_default=False),
+    ] = None,
+) -> None:
+    """Enrol images in a running service; the same command again goes on where it was stopped.
+
+    Example: coterie enroll new/boots --url http://127.0.0.1:3000 --label boot
+    """
+    from coterie_cli.enroll import enroll_data
+
+    enroll_data(data, url, key=key, label=label, rejects=rejects)
+
+
 @bundle_app.command("info")
 def bundle_info(bundle: BundlePath) -> None:
     """Show what a bundle is.

@@ -82,8 +82,7 @@ async def swap(request: Request) -> Response:
         raise BadRequestError(f"{param or 'the body'}: {message}", param=param) from error
     swapper: Swapper = request.app.state.swapper
     # Goes on although the client may leave, for the other workers follow what has been begun.
-    before = await asyncio.to_thread(swapper.swap, asked.bundle)
-    now = request.app.state.served.engine.manifest
+    before, now = await asyncio.to_thread(swapper.swap, asked.bundle)
     audit(request, "swap", now.id, 0)
     content = to_json(schemas.Swapped(id=now.id, name=now.name, previous=before.id))
     return Response(content, media_type="application/json")
