@@ -13,8 +13,16 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.envelope import on_error
-from serving.errors import ForbiddenError, HeadersTooLargeError, RequestError, TooLongError, UnauthorizedError
+from serving.errors import (
+    ForbiddenError,
+    HeadersTooLargeError,
+    RequestError,
+    TooLargeError,
+    TooLongError,
+    UnauthorizedError,
+)
 from serving.keys import Keyring
+from serving.limits import RequestLimits
 from serving.listening import listens_on_loopback
 
 __all__ = ["Access", "Policy"]
@@ -23,6 +31,9 @@ __all__ = ["Access", "Policy"]
 PROBES = frozenset({"/healthz", "/livez", "/readyz"})
 # What is not one of these, and no plain reading, counts as a change: a route that is forgotten here is closed.
 ASKING = frozenset({"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/embed", "/classify"})
+# BentoML's own, which reads a body of any size into memory before our code sees it.
+NATIVE = frozenset({"/embed", "/classify"})
+NOTED = frozenset({b"authorization", b"host", b"origin", b"content-length"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a proxy adds to requests of others that it hands over from this machine.
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
@@ -39,12 +50,14 @@ class Policy:
         keyring: the keys; where it demands none, only this machine may change anything.
         hosts: names beside those of the loopback interface that a request without a key may come to.
         origins: of the web pages that browsers may let in.
+        max_body: bytes that BentoML's own methods may be sent; the routes count for themselves.
         on_loopback: tells whether the service can be reached from this machine alone; asked once.
     """
 
     keyring: Keyring
     hosts: frozenset[str] = frozenset()
     origins: tuple[str, ...] = ()
+    max_body: int = RequestLimits.max_body
     on_loopback: Callable[[], bool] = listens_on_loopback
 
     @cached_property
@@ -57,6 +70,7 @@ class Policy:
         Raises:
             TooLongError, HeadersTooLargeError: its head is beyond reason.
             UnauthorizedError: it needs a key.
+            TooLargeError: it brings more than BentoML's own methods may be sent.
             ForbiddenError: its key is not enough, or it comes from a web page or to a name that is not ours.
         """
         if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
@@ -64,7 +78,7 @@ class Policy:
         size, forwarded, found = 0, False, {}
         for name, value in scope["headers"]:
             size += len(name) + len(value)
-            if name in (b"authorization", b"host", b"origin"):
+            if name in NOTED:
                 found[name] = value.decode("latin-1")
             elif name in FORWARDED:
                 forwarded = True
@@ -79,6 +93,8 @@ class Policy:
             raise ForbiddenError(
                 "the Host is not this machine: COTERIE_HOSTS lists further names, or send a key", param="host"
             )
+        if scope["path"] in NATIVE and scope["method"] == "POST":
+            self._check_length(found.get(b"content-length", ""))
         if changes and b"origin" in found:
             self._check_origin(found[b"origin"], found.get(b"host", ""))
 
@@ -90,6 +106,13 @@ class Policy:
         scope.setdefault("state", {})["key"] = key.id
         if changes and key.scope != "change":
             raise ForbiddenError(f"the key {key.id} may ask, not change", param="authorization")
+
+    def _check_length(self, length: str) -> None:
+        if not length.isdecimal() or int(length) > self.max_body:
+            raise TooLargeError(
+                f"the body is over the limit of {self.max_body:,} bytes, or does not say its length",
+                headers={"Connection": "close"},
+            )
 
     def _check_origin(self, origin: str, host: str) -> None:
         # Browsers say where a request comes from, and a page of another site may send one without seeing the answer.
