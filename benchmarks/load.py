@@ -80,7 +80,6 @@ def drive(load: Load) -> Measured:
 
 
 async def _drive(load: Load) -> Measured:
-    loop = asyncio.get_running_loop()
     measured = Measured(load.seconds)
     start = time.perf_counter() + load.warm_up
     end = start + load.seconds

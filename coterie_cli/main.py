@@ -317,6 +317,7 @@ def serve(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    workers: Annotated[int | None, _more("COTERIE_WORKERS", "Processes that serve; in containers one.")] = None,
     keys: KeyFile = None,
     hosts: Annotated[list[str] | None, _more("COTERIE_HOSTS", "Further names of this machine.")] = None,
     cors: Annotated[list[str] | None, _more("COTERIE_CORS", "Origins of pages that browsers let in.")] = None,
@@ -338,6 +339,7 @@ def serve(
     from coterie_cli.serve import serve_bundle
 
     more = {
+        "COTERIE_WORKERS": workers,
         "COTERIE_KEYS": keys and keys.resolve(),
         "COTERIE_HOSTS": hosts and " ".join(hosts),
         "COTERIE_CORS": cors and " ".join(cors),

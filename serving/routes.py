@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from serving import asking, browsing, changing
@@ -52,13 +52,36 @@ ROUTES = (
     Route("/metrics", metrics),
 )
 
+ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, None) is route.endpoint}
+
+
+class Direct:
+    """Answers the routes of `ASKING` at once, which spares a busy service a twentieth of its work; and hands all other
+    requests to `app`, which answers the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = ASKING.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        request = Request(scope, receive)
+        try:
+            response: Response = await route.endpoint(request)
+        except RequestError as error:
+            response = await on_error(request, error)
+        await response(scope, receive, send)
+
 
 def build_app() -> Starlette:
     """The application; it needs `app.state.served` before its first request."""
     return Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],
-        middleware=[Middleware(Envelope)],
+        middleware=[Middleware(Envelope), Middleware(Direct)],
         exception_handlers={RequestError: on_error, HTTPException: on_http_exception},
     )
 

@@ -28,7 +28,7 @@ from serving.records import Recorder
 from serving.routes import build_app
 from serving.safety import Safety, check_safety, metrics_folder
 from serving.served import Served
-from serving.settings import Settings, traced
+from serving.settings import Settings, traced, worker_count
 from serving.shortcuts import Straight, replace_time_limit
 from serving.swapping import Swapper
 
@@ -51,6 +51,7 @@ SWITCH_SECONDS = 0.0005
 
 
 @bentoml.service(
+    workers=worker_count(),
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
     http={"host": "127.0.0.1"},
     # Beyond the application's own limits, and for clients that send their body slowly.

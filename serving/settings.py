@@ -10,12 +10,13 @@ from platformdirs import user_state_dir
 
 from coterie.errors import CoterieError, DeviceError
 from coterie.images import Limits
+from coterie.machine import processors
 from coterie.providers import check_device
 from coterie.store import CLASS_QUOTA, StoreOptions
 from serving.fetch import Fetcher
 from serving.limits import RequestLimits
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "traced", "worker_count"]
 
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -31,7 +32,8 @@ class Settings:
             platform's user state directory, on Linux ~/.local/state/coterie.
         device: COTERIE_DEVICE, where the encoder runs: auto (the default: a GPU if one answers), cpu, cuda, cuda:1,
             cuda:0,1 or cuda:all for several GPUs; tensorrt likewise.
-        threads: COTERIE_THREADS, of the encoder on the CPU; by default one for each processor.
+        threads: COTERIE_THREADS, of the encoder on the CPU; by default one for each processor, or a worker's share.
+        workers: COTERIE_WORKERS, how many processes serve; each loads the encoder and the gallery.
         store: COTERIE_ORIGINALS, whether enrolled images are kept (1, the default) or not (0), and COTERIE_CLASS_QUOTA,
             how many enrolled items a class may have.
         keys: COTERIE_KEYS, the file of the API keys, which must be there; without it keys.json in `state`, if it is.
@@ -48,6 +50,7 @@ class Settings:
     bundles: Path | None = None
     device: str = "auto"
     threads: int | None = None
+    workers: int = 1
     store: StoreOptions = field(default_factory=StoreOptions)
     keys: Path | None = None
     hosts: frozenset[str] = frozenset()
@@ -69,7 +72,7 @@ class Settings:
             DeviceError: COTERIE_DEVICE is no device.
             CoterieError: another variable is not what it should be.
         """
-        threads = environment.get("COTERIE_THREADS") or None
+        threads, workers = environment.get("COTERIE_THREADS") or None, _count(environment, "COTERIE_WORKERS", 1)
         if threads is not None and not (threads.isdecimal() and int(threads)):
             raise CoterieError(f"COTERIE_THREADS is {threads!r}: use a number from 1 on, or leave it unset")
         bundle, bundles = environment.get("COTERIE_BUNDLE"), environment.get("COTERIE_BUNDLES")
@@ -81,7 +84,8 @@ class Settings:
             state=Path(state).expanduser().absolute(),
             bundles=Path(bundles).expanduser().absolute() if bundles else None,
             device=environment.get("COTERIE_DEVICE") or "auto",
-            threads=int(threads) if threads else None,
+            threads=int(threads) if threads else max(1, processors() // workers) if workers > 1 else None,
+            workers=workers,
             store=StoreOptions(
                 originals=_flag(environment, "COTERIE_ORIGINALS", True),
                 class_quota=_count(environment, "COTERIE_CLASS_QUOTA", CLASS_QUOTA),
@@ -98,6 +102,12 @@ def traced(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether requests are traced: COTERIE_OTEL, or by default where OpenTelemetry is told whom to send spans to."""
     told = any(environment.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
     return _flag(environment, "COTERIE_OTEL", told)
+
+
+def worker_count(environment: Mapping[str, str] = os.environ) -> int:
+    """COTERIE_WORKERS, or one where that is no count, which the start of the service will say."""
+    value = environment.get("COTERIE_WORKERS") or "1"
+    return int(value) if value.isdecimal() and int(value) else 1
 
 
 def _limits(environment: Mapping[str, str]) -> RequestLimits:

@@ -6,8 +6,6 @@ of two minutes for every request that has long been answered.
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -8,7 +8,7 @@ from encoder import Encoder
 from PIL.Image import Image
 
 
-@bentoml.service(logging={"access": {"enabled": False}})
+@bentoml.service(workers=int(os.environ.get("PEER_WORKERS", "1")), logging={"access": {"enabled": False}})
 class Embed:
     def __init__(self) -> None:
         self.encoder = Encoder()

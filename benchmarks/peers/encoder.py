@@ -1,4 +1,4 @@
-"""What the other servers run: PIL and one ONNX Runtime session. They know no more of this project than its ONNX file."""
+"""What the other servers run: PIL and one ONNX Runtime session. Of this project they know an ONNX file."""
 
 import os
 

@@ -10,7 +10,7 @@ from coterie.errors import CoterieError, DeviceError
 from coterie.store import StoreOptions
 from serving.limits import RequestLimits
 from serving.safety import check_safety
-from serving.settings import Settings, traced
+from serving.settings import Settings, traced, worker_count
 
 
 def test_defaults_and_empty_variables_are_the_same() -> None:
@@ -41,6 +41,20 @@ def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:0,2", "cuda:all", "tensorrt", "tensorrt:1"])
 def test_devices(device: str) -> None:
     assert Settings.from_environment({"COTERIE_DEVICE": device}).device == device
+
+
+def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.settings.processors", lambda: 8)
+    for workers, threads in (("3", 2), ("16", 1)):
+        settings = Settings.from_environment({"COTERIE_WORKERS": workers})
+        assert settings.workers == worker_count({"COTERIE_WORKERS": workers}) == int(workers)
+        assert settings.threads == threads
+    assert Settings.from_environment({"COTERIE_WORKERS": "2", "COTERIE_THREADS": "5"}).threads == 5
+    assert worker_count({}) == 1
+    for workers in ("0", "many"):
+        assert worker_count({"COTERIE_WORKERS": workers}) == 1  # the service ends with the error when it starts
+        with pytest.raises(CoterieError, match="COTERIE_WORKERS"):
+            Settings.from_environment({"COTERIE_WORKERS": workers})
 
 
 def test_threads() -> None:
