@@ -4,36 +4,22 @@
 for bundles to be swapped, a `Swapper` into `app.state.swapper`.
 """
 
-from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serving import asking, browsing, changing
+from serving import asking, browsing, changing, presenting
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
-from serving.requests import engine_of
+from serving.presenting import Presented
 
 __all__ = ["build_app"]
 
-
-async def index(request: Request) -> Response:
-    """GET /: what is served here, and where."""
-    paths = [f"{method} {route.path}" for route in ROUTES for method in sorted((route.methods or set()) - {"HEAD"})]
-    manifest = engine_of(request).manifest
-    return Response(
-        to_json({"service": "coterie", "model": manifest.name, "bundle": manifest.id, "routes": paths}),
-        media_type="application/json",
-    )
-
-
 ROUTES = (
-    Route("/", index),
+    Route("/", presenting.index),
     Route("/v1/embeddings", asking.embeddings, methods=["POST"]),
     Route("/v1/classify", asking.classify, methods=["POST"]),
     Route("/v1/search", asking.search, methods=["POST"]),
@@ -48,17 +34,24 @@ ROUTES = (
     Route("/v1/gallery/{id}", browsing.item),
     Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
+    Route("/docs", presenting.docs),
+    Route("/openapi.json", presenting.openapi),
+    Route("/page/{name}", presenting.page_file),
 )
+
+PRESENTED = Presented(ROUTES)
 
 
 def build_app() -> Starlette:
     """The application; it needs `app.state.served` before its first request."""
-    return Starlette(
+    app = Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],
         middleware=[Middleware(Envelope)],
         exception_handlers={RequestError: on_error, HTTPException: on_http_exception},
     )
+    app.state.presented = PRESENTED
+    return app
 
 
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
