@@ -10,6 +10,7 @@ from serving.engine import Engine
 from serving.errors import BadRequestError
 from serving.inputs import Sent, read_sent
 from serving.questions import Classify, Question, Search, Verify
+from serving.records import note_images
 from serving.requests import check_model, engine_of, in_time, query_of
 from serving.tensors import NPY
 
@@ -65,6 +66,7 @@ async def _read(
     engine = engine_of(request)
     query = query_of(request, query_schema)
     images, body = await read_sent(request, engine.limits, body_schema, size=engine.manifest.encoder.input_size)
+    note_images(request.scope, len(images))
     if body is not None:
         check_model(body.model, engine)
         given = body.model_fields_set & query_schema.model_fields.keys()

@@ -21,6 +21,7 @@ from serving.errors import BadRequestError, NotFoundError, RequestError
 from serving.examples import Examples, check_metadata, enrolled_before, keep
 from serving.inputs import read_sent
 from serving.limits import read_body
+from serving.records import note_images
 from serving.requests import check_model, engine_of, in_time, query_of
 from serving.schemas import NoQuery, first_complaint
 from serving.swapping import Swapper
@@ -81,8 +82,7 @@ async def swap(request: Request) -> Response:
         raise BadRequestError(f"{param or 'the body'}: {message}", param=param) from error
     swapper: Swapper = request.app.state.swapper
     # Goes on although the client may leave, for the other workers follow what has been begun.
-    before = await asyncio.to_thread(swapper.swap, asked.bundle)
-    now = request.app.state.served.engine.manifest
+    before, now = await asyncio.to_thread(swapper.swap, asked.bundle)
     audit(request, "swap", now.id, 0)
     content = to_json(schemas.Swapped(id=now.id, name=now.name, previous=before.id))
     return Response(content, media_type="application/json")
@@ -93,6 +93,7 @@ async def _read_examples(request: Request, engine: Engine) -> Examples:
     query = query_of(request, schemas.ExamplesQuery)
     # Without a size arrays are refused: what is kept is the image as it was sent.
     images, body = await read_sent(request, engine.limits, schemas.ExamplesBody)
+    note_images(request.scope, len(images))
     if body is not None:
         check_model(body.model, engine)
         given = body.model_fields_set & schemas.ExamplesQuery.model_fields.keys()

@@ -242,7 +242,9 @@ class Engine:
     def _look_up(self, embeddings: NDArray[np.float32], question: Question) -> Sequence[Any]:
         began = time.perf_counter()
         try:
-            return question.answers(embeddings, self.gallery(), self.manifest.calibration)
+            answers = question.answers(embeddings, self.gallery(), self.manifest.calibration)
+            self._observer.answered(answers)
+            return answers
         except Exception as error:  # the others of the batch have their embeddings and need not be run again
             return [error] * len(embeddings)
         finally:

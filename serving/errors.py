@@ -14,14 +14,19 @@ __all__ = [
     "BundleRefusedError",
     "ConflictError",
     "EncoderError",
+    "ForbiddenError",
+    "HeadersTooLargeError",
     "NotFoundError",
     "OverloadedError",
     "Problem",
     "RejectedImageError",
     "RequestError",
     "ReusedKeyError",
+    "SlowBodyError",
     "TimedOutError",
     "TooLargeError",
+    "TooLongError",
+    "UnauthorizedError",
     "UnsupportedBodyError",
     "WrongTensorError",
     "problem",
@@ -45,6 +50,29 @@ class RequestError(CoterieError):
 
 class BadRequestError(RequestError):
     """The request does not have the form that the route asks for."""
+
+
+class UnauthorizedError(RequestError):
+    """The route asks for a key, and there is none or no valid one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="authorization", headers={"WWW-Authenticate": "Bearer"})
+
+
+class ForbiddenError(RequestError):
+    """Who asks may not do this."""
+
+
+class SlowBodyError(RequestError):
+    """The body did not arrive in time."""
+
+
+class TooLongError(RequestError):
+    """The path and query are longer than any that means something here."""
+
+
+class HeadersTooLargeError(RequestError):
+    """The header lines are larger than any that mean something here."""
 
 
 class NotFoundError(RequestError):
@@ -112,6 +140,11 @@ class Problem:
 
 PROBLEMS: dict[type[Exception], Problem] = {
     BadRequestError: Problem(400, "invalid_request_error", "bad_request"),
+    UnauthorizedError: Problem(401, "authentication_error", "unauthorized"),
+    ForbiddenError: Problem(403, "permission_error", "forbidden"),
+    SlowBodyError: Problem(408, "invalid_request_error", "slow_body"),
+    TooLongError: Problem(414, "invalid_request_error", "uri_too_long"),
+    HeadersTooLargeError: Problem(431, "invalid_request_error", "headers_too_large"),
     NotFoundError: Problem(404, "invalid_request_error", "not_found"),
     ConflictError: Problem(409, "invalid_request_error", "conflict"),
     ReusedKeyError: Problem(422, "invalid_request_error", "idempotency_key_reused"),

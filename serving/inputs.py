@@ -1,8 +1,8 @@
 """The images of a request, in the order sent, from whichever kind of body they came in.
 
 A raw body is one image whatever its header says, for the bytes decide; a multipart form brings a file for each image;
-JSON brings data URIs or base64 strings; an npy array brings pixels of the encoder's size. Nothing is decoded to pixels
-here, and no URL is ever fetched.
+JSON brings data URIs, base64 strings or, from hosts that are allowed, URLs; an npy array brings pixels of the encoder's
+size. Nothing is decoded to pixels here.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from serving.errors import BadRequestError, RejectedImageError, UnsupportedBodyError
+from serving.fetch import FetchError
 from serving.limits import LARGE_BODY, RequestLimits, check_count, read_body
 from serving.schemas import ImagesBody, first_complaint
 from serving.tensors import NPY, read_pixels
@@ -85,7 +86,7 @@ async def read_sent(
     body = await read_body(request, limits)
     if media_type == "application/json":
         images, parsed = await _off_loop(body, lambda: _from_json(body, schema, limits))
-        return await _fetched(images), parsed
+        return await _fetched(images, limits), parsed
     if media_type == "multipart/form-data":
         return await _off_loop(body, lambda: list(_from_form(body, content_type, limits))), None
     if not body:
@@ -99,20 +100,28 @@ async def _off_loop(body: bytes, parse: Callable[[], Result]) -> Result:
     return parse() if len(body) < LARGE_BODY else await asyncio.to_thread(parse)
 
 
-async def from_strings(strings: Sequence[str]) -> list[bytes | RejectedImageError]:
-    """The encoded images in data URIs or base64 strings, with an error in the place of each that is neither."""
+async def from_strings(strings: Sequence[str], limits: RequestLimits) -> list[bytes | RejectedImageError]:
+    """The encoded images in data URIs, base64 strings or URLs, with an error in the place of each that is none."""
     large = sum(map(len, strings)) >= LARGE_BODY
-    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings))
+    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings), limits)
 
 
-async def _fetched(images: Sequence[bytes | RejectedImageError | _Url]) -> list[bytes | RejectedImageError]:
-    """Images with those of an address fetched, which none is."""
-    return [
-        RejectedImageError(index, "URLs are not fetched: send the image itself, as a data URI or base64")
-        if isinstance(image, _Url)
-        else image
-        for index, image in enumerate(images)
-    ]
+async def _fetched(
+    images: Sequence[bytes | RejectedImageError | _Url], limits: RequestLimits
+) -> list[bytes | RejectedImageError]:
+    """Images with those of an address fetched, where that is allowed."""
+    addresses = {index: image.address for index, image in enumerate(images) if isinstance(image, _Url)}
+    if not addresses:
+        return images  # type: ignore[return-value]
+    if limits.fetcher is None:
+        reason = FetchError("URLs are not fetched: send the image itself, as a data URI or base64")
+        found: list[bytes | FetchError] = [reason] * len(addresses)
+    else:
+        found = await limits.fetcher.fetch_all(list(addresses.values()))
+    merged = list(images)
+    for index, image in zip(addresses, found, strict=True):
+        merged[index] = RejectedImageError(index, str(image)) if isinstance(image, FetchError) else image
+    return merged  # type: ignore[return-value]
 
 
 def _decoded(strings: Sequence[str]) -> list[bytes | RejectedImageError | _Url]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from coterie.images import Limits
-from serving.errors import TooLargeError
+from serving.errors import SlowBodyError, TooLargeError
+from serving.fetch import Fetcher
 
 __all__ = ["LARGE_BODY", "RequestLimits", "check_count", "read_body"]
 
@@ -23,12 +24,16 @@ class RequestLimits:
         max_images: images in it.
         image: bytes and pixels of each.
         seconds: from the complete body to the answer.
+        body_seconds: from the head of a request to its last byte.
+        fetcher: of images that are sent as URLs; None refuses them.
     """
 
     max_body: int = 64 * 2**20
     max_images: int = 256
     image: Limits = field(default_factory=Limits)
     seconds: float = 30.0
+    body_seconds: float = 60.0
+    fetcher: Fetcher | None = None
 
 
 async def read_body(request: Request, limits: RequestLimits) -> bytes:
@@ -36,16 +41,23 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
 
     Raises:
         TooLargeError: it says, or turns out, to be larger; the rest is left unread.
+        SlowBodyError: it takes too long to arrive.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body:
         raise _too_large(limits)
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limits.max_body:
-            raise _too_large(limits)
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.max_body:
+                    raise _too_large(limits)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise SlowBodyError(
+            f"the body did not arrive within {limits.body_seconds:g} seconds", headers={"Connection": "close"}
+        ) from None
     return b"".join(chunks) if size < LARGE_BODY else await asyncio.to_thread(b"".join, chunks)
 
 

@@ -61,7 +61,7 @@ class NativeMethods:
                 raise BadRequestError("top and neighbors are numbers from 0 to 1000")
             try:
                 async with asyncio.timeout(engine.limits.seconds):
-                    return await engine.answer(await from_strings(images), question)
+                    return await engine.answer(await from_strings(images, engine.limits), question)
             except TimeoutError:
                 raise TimedOutError("no answer in time: send fewer images, or try again later") from None
 

@@ -1,5 +1,8 @@
 """What an engine tells of its work while it does it, for whoever keeps metrics."""
 
+from collections.abc import Sequence
+from typing import Any
+
 __all__ = ["Observer"]
 
 
@@ -21,3 +24,6 @@ class Observer:
 
     def searched(self, images: int, seconds: float) -> None:
         """So many images of a batch, of one or more requests that asked the same, were held against the gallery."""
+
+    def answered(self, answers: Sequence[Any]) -> None:
+        """The answers that were found for these, in the classes of `serving.questions`."""

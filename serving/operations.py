@@ -118,7 +118,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             )
         },
         samples=(Sample("the routes", '"$URL/"'),),
-        open=True,
     ),
     ("GET", "/openapi.json"): Operation(
         "Service",
@@ -135,6 +134,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         parameters=(Parameter("name", "path", "The file's name.", "page.css", True),),
         errors=("not_found",),
         open=True,
+    ),
+    ("GET", "/metrics"): Operation(
+        "Service",
+        {200: Answer("Prometheus's text format.", media_type="text/plain")},
+        samples=(Sample("the counts", '"$URL/metrics"'),),
     ),
     ("POST", "/v1/embeddings"): Operation(
         "Ask",

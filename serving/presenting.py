@@ -10,16 +10,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from serving import schemas
 from serving.errors import NotFoundError
 from serving.openapi import describe, methods_of
 from serving.requests import engine_of
 
-__all__ = ["OPEN", "Document", "Presented", "docs", "index", "openapi", "page_file"]
+__all__ = ["OPEN", "Document", "Presented", "docs", "index", "is_open", "openapi", "page_file"]
 
 # Nothing but what comes from here, and no code or style inside the pages: what a label says stays text.
 POLICY = (
@@ -27,8 +29,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 FILES = ("api.js", "classes.js", "docs.css", "icon.svg", "page.css", "page.js", "results.js", "style.css")
-# Paths that a browser asks for before it can have a key; they hold nothing of the gallery.
-OPEN = frozenset({"/", "/docs", "/openapi.json", *(f"/page/{name}" for name in FILES)})
+# What a browser asks for before it can have a key; it holds nothing of the gallery.
+OPEN = frozenset({"/docs", "/openapi.json", *(f"/page/{name}" for name in FILES)})
 
 
 class Document:
@@ -61,10 +63,19 @@ class Presented:
         self.files = {name: Document((folder / name).read_bytes(), _media_type(name)) for name in FILES}
 
 
+def is_open(scope: Scope) -> bool:
+    """Whether a request, if it is one to read, is answered without a key: the pages, not what they show."""
+    return scope["path"] in OPEN or (scope["path"] == "/" and _wants_page(Headers(scope=scope)))
+
+
+def _wants_page(headers: Headers) -> bool:
+    return "text/html" in headers.get("accept", "")
+
+
 async def index(request: Request) -> Response:
     """GET /: what is served here, and where; for browsers a page to try it."""
     presented = _presented(request)
-    if "text/html" in request.headers.get("accept", ""):
+    if _wants_page(request.headers):
         return presented.page.answer(request, Vary="Accept")
     manifest = engine_of(request).manifest
     answer = schemas.Index(model=manifest.name, bundle=manifest.id, routes=presented.routes)

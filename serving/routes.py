@@ -7,13 +7,16 @@ for bundles to be swapped, a `Swapper` into `app.state.swapper`.
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from serving import asking, browsing, changing, presenting
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
+from serving.metrics import metrics
 from serving.presenting import Presented
 
 __all__ = ["build_app"]
@@ -34,6 +37,7 @@ ROUTES = (
     Route("/v1/gallery/{id}", browsing.item),
     Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
+    Route("/metrics", metrics),
     Route("/docs", presenting.docs),
     Route("/openapi.json", presenting.openapi),
     Route("/page/{name}", presenting.page_file),
@@ -41,13 +45,36 @@ ROUTES = (
 
 PRESENTED = Presented(ROUTES)
 
+ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, None) is route.endpoint}
+
+
+class Direct:
+    """Answers the routes of `ASKING` at once, which spares a busy service a twentieth of its work; and hands all other
+    requests to `app`, which answers the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = ASKING.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        request = Request(scope, receive)
+        try:
+            response: Response = await route.endpoint(request)
+        except RequestError as error:
+            response = await on_error(request, error)
+        await response(scope, receive, send)
+
 
 def build_app() -> Starlette:
     """The application; it needs `app.state.served` before its first request."""
     app = Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],
-        middleware=[Middleware(Envelope)],
+        middleware=[Middleware(Envelope), Middleware(Direct)],
         exception_handlers={RequestError: on_error, HTTPException: on_http_exception},
     )
     app.state.presented = PRESENTED

@@ -199,7 +199,7 @@ def _no_constant(name: str) -> None:
 class ErrorEntry(BaseModel):
     message: str
     type: str
-    param: str | None
+    param: str | None = None
     code: str
 
 

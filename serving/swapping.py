@@ -56,14 +56,14 @@ class Swapper:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_following, name="follow-swaps", daemon=True)
 
-    def swap(self, named: str) -> Manifest:
+    def swap(self, named: str) -> tuple[Manifest, Manifest]:
         """Serve another bundle; takes as long as it loads. When this returns, the pointer survives a power cut.
 
         Args:
             named: a tag `coterie-bundle:VERSION` of BentoML's model store, or a path below the bundles' folder.
 
         Returns:
-            The manifest of the bundle that was served before.
+            The manifests of the bundle that was served before and of the new one.
 
         Raises:
             BundleRefusedError: there is no such bundle, or it cannot be served here; the old one goes on.
@@ -94,7 +94,7 @@ class Swapper:
                     engine.close()
                 raise
             self._put(engine)
-            return before
+            return before, bundle.manifest
         finally:
             self._loading.release()
 

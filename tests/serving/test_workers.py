@@ -45,9 +45,11 @@ def two_workers(home: Path, **changes: str) -> Iterator[str]:
         try:
             url = f"http://127.0.0.1:{port}"
             # Each worker says so once.
-            until(lambda: process.poll() is not None or (home / "log").read_text().count("serving tiny-digits (") >= 2)
-            until(lambda: process.poll() is not None or answered(url))
+            until(lambda: (home / "log").read_text().count("serving tiny-digits (") >= 2 and answered(url))
             yield url
+        except BaseException:
+            print((home / "log").read_text())
+            raise
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(20)
