@@ -24,6 +24,7 @@ from serving.errors import (
 from serving.keys import Keyring
 from serving.limits import RequestLimits
 from serving.listening import listens_on_loopback
+from serving.presenting import is_open
 
 __all__ = ["Access", "Policy"]
 
@@ -85,7 +86,7 @@ class Policy:
         if size > MAX_HEADERS:
             raise HeadersTooLargeError(f"the headers are over {MAX_HEADERS:,} bytes", headers={"Connection": "close"})
         changes = scope["method"] not in READING and not (scope["method"] == "POST" and scope["path"] in ASKING)
-        if self.keyring.demanded:
+        if self.keyring.demanded and not (is_open(scope) and not changes):
             self._check_key(scope, found.get(b"authorization", ""), changes)
         elif changes and (forwarded or not self.local):
             raise UnauthorizedError("changes need a key here: coterie key new --scope change makes one")

@@ -49,7 +49,11 @@ class ExamplesBody(ImagesBody, ExamplesQuery):
 
 
 class ItemsQuery(BaseModel):
-    """Query of /v1/gallery: `id`, as often as there are items to ask for."""
+    """Query of /v1/gallery.
+
+    Attributes:
+        id: of an item; as often as there are items to ask for.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,7 +61,11 @@ class ItemsQuery(BaseModel):
 
 
 class BundleBody(BaseModel):
-    """JSON body of POST /v1/bundle: a tag of BentoML's model store, or a path below COTERIE_BUNDLES."""
+    """JSON body of POST /v1/bundle.
+
+    Attributes:
+        bundle: a tag of BentoML's model store, or a path below COTERIE_BUNDLES.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -4,7 +4,6 @@
 for bundles to be swapped, a `Swapper` into `app.state.swapper`.
 """
 
-from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -14,27 +13,16 @@ from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serving import asking, browsing, changing
+from serving import asking, browsing, changing, presenting
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
 from serving.metrics import metrics
-from serving.requests import engine_of
+from serving.presenting import Presented
 
 __all__ = ["build_app"]
 
-
-async def index(request: Request) -> Response:
-    """GET /: what is served here, and where."""
-    paths = [f"{method} {route.path}" for route in ROUTES for method in sorted((route.methods or set()) - {"HEAD"})]
-    manifest = engine_of(request).manifest
-    return Response(
-        to_json({"service": "coterie", "model": manifest.name, "bundle": manifest.id, "routes": paths}),
-        media_type="application/json",
-    )
-
-
 ROUTES = (
-    Route("/", index),
+    Route("/", presenting.index),
     Route("/v1/embeddings", asking.embeddings, methods=["POST"]),
     Route("/v1/classify", asking.classify, methods=["POST"]),
     Route("/v1/search", asking.search, methods=["POST"]),
@@ -50,7 +38,12 @@ ROUTES = (
     Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
     Route("/metrics", metrics),
+    Route("/docs", presenting.docs),
+    Route("/openapi.json", presenting.openapi),
+    Route("/page/{name}", presenting.page_file),
 )
+
+PRESENTED = Presented(ROUTES)
 
 ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, None) is route.endpoint}
 
@@ -78,12 +71,14 @@ class Direct:
 
 def build_app() -> Starlette:
     """The application; it needs `app.state.served` before its first request."""
-    return Starlette(
+    app = Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],
         middleware=[Middleware(Envelope), Middleware(Direct)],
         exception_handlers={RequestError: on_error, HTTPException: on_http_exception},
     )
+    app.state.presented = PRESENTED
+    return app
 
 
 async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:

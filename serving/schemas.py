@@ -13,6 +13,7 @@ __all__ = [
     "ClassList",
     "ClassScoreEntry",
     "ClassificationEntry",
+    "Classified",
     "ClassifyBody",
     "ClassifyQuery",
     "EmbeddingEntry",
@@ -23,6 +24,7 @@ __all__ = [
     "ErrorEntry",
     "ErrorItem",
     "ImagesBody",
+    "Index",
     "ModelEntry",
     "ModelList",
     "NeighborEntry",
@@ -30,8 +32,10 @@ __all__ = [
     "NoQuery",
     "SearchBody",
     "SearchQuery",
+    "Searched",
     "Usage",
     "VerificationEntry",
+    "Verified",
     "VerifyBody",
     "VerifyQuery",
     "first_complaint",
@@ -71,7 +75,11 @@ class AskingQuery(_Request):
 
 
 class EmbeddingsQuery(AskingQuery):
-    """Query of /v1/embeddings; base64 is little-endian float32."""
+    """Query of /v1/embeddings.
+
+    Attributes:
+        encoding_format: float unless given; base64 is little-endian float32.
+    """
 
     encoding_format: Literal["float", "base64"] | None = None
 
@@ -93,6 +101,14 @@ class ClassifyQuery(AskingQuery):
 
 
 class _Search(AskingQuery):
+    """What both bodies and queries of /v1/search say.
+
+    Attributes:
+        k: how many gallery items to list.
+        label: only items of these classes; may be repeated.
+        metadata: only items with all these values.
+    """
+
     k: int = Field(default=10, ge=1, le=1000)
     label: Annotated[list[str], BeforeValidator(lambda one: [one] if isinstance(one, str) else one)] = []
     metadata: dict[str, Any] = {}
@@ -102,8 +118,6 @@ class SearchQuery(_Search):
     """Query of /v1/search.
 
     Attributes:
-        k: how many gallery items to list.
-        label: only items of these classes; may be repeated.
         metadata: only items with all these values: `metadata.key=value`, the value as JSON or plain text.
     """
 
@@ -130,7 +144,12 @@ class VerifyQuery(AskingQuery):
 
 
 class ImagesBody(_Request):
-    """JSON body with one or many images as data URIs or base64."""
+    """JSON body with images.
+
+    Attributes:
+        input: one or many images as data URIs or base64.
+        model: name or id of the bundle; another one than is served is refused.
+    """
 
     input: str | list[str]
     model: str | None = None
@@ -140,7 +159,12 @@ class ImagesBody(_Request):
 
 
 class EmbeddingsBody(ImagesBody, EmbeddingsQuery):
-    """JSON body of /v1/embeddings, as OpenAI's clients send it."""
+    """JSON body of /v1/embeddings, as OpenAI's clients send it.
+
+    Attributes:
+        dimensions: the encoder's own, if at all.
+        user: is ignored.
+    """
 
     dimensions: int | None = None
     user: str | None = None
@@ -277,6 +301,33 @@ class AnswerList(BaseModel):
     object: Literal["list"] = "list"
     bundle: str
     data: Sequence[ClassificationEntry | NeighborsEntry | VerificationEntry | ErrorItem]
+
+
+class Classified(AnswerList):
+    """Answer of /v1/classify."""
+
+    data: list[ClassificationEntry | ErrorItem]
+
+
+class Searched(AnswerList):
+    """Answer of /v1/search."""
+
+    data: list[NeighborsEntry | ErrorItem]
+
+
+class Verified(AnswerList):
+    """Answer of /v1/verify."""
+
+    data: list[VerificationEntry | ErrorItem]
+
+
+class Index(BaseModel):
+    """What is served here, and where."""
+
+    service: Literal["coterie"] = "coterie"
+    model: str
+    bundle: str
+    routes: list[str]
 
 
 class ClassEntry(BaseModel):

@@ -12,6 +12,7 @@ from serving.access import ASKING, Access, Policy
 from serving.engine import Engine
 from serving.keys import Keyring, create_key
 from serving.listening import listens_on_loopback
+from serving.presenting import OPEN
 from serving.routes import ROUTES, build_app
 from serving.served import Served
 
@@ -75,6 +76,18 @@ def test_with_keys_nothing_but_the_probes_is_open(make: Make, keys: Path, digit_
             assert response.headers["www-authenticate"] == "Bearer"
     for path in ("/healthz", "/livez", "/readyz"):  # which BentoML answers
         assert client.get(path).status_code == 404
+
+
+def test_pages_are_open_so_that_they_can_ask_for_the_key(make: Make, keys: Path, error_of) -> None:
+    create_key(keys, "change")
+    client, html = make(), {"accept": "text/html,*/*;q=0.8"}
+    for path in ("/", *OPEN):
+        response = client.get(path, headers=html)
+        assert response.status_code == 200 and "tiny-digits" not in response.text, path
+        assert client.head(path, headers=html).status_code == 200
+        error_of(client.post(path, headers=html), 401)
+    for path in ("/v1/classes", "/docs/", "/page/none.js"):
+        error_of(client.get(path, headers=html), 401)
 
 
 def test_a_key_opens_what_its_scope_says(make: Make, keys: Path, digit_images, engine: Engine) -> None:

@@ -26,6 +26,7 @@ from openai import NotFoundError, OpenAI, UnprocessableEntityError
 from PIL import Image
 
 from coterie.bundle import Bundle
+from serving.operations import BENTOML
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEADLINE = 60.0
@@ -139,6 +140,11 @@ def test_bentomls_own_client_gets_the_same_answers(
                 with pytest.raises(BentoMLException, match=words) as caught:
                     client.classify(images=strings[:1], **options)
                 assert caught.value.error_code == 400
+        for (method, path), operation in BENTOML.items():
+            answer = http.request(method, path, json=operation.example or None)
+            said = http.get("/openapi.json").json()["paths"][path][method.lower()]["responses"][str(answer.status_code)]
+            assert answer.headers["content-type"].partition(";")[0] in said["content"], path
+            assert not operation.example or len(answer.json()) == 1
         form = {"images": (None, "http://127.0.0.1:1/a.png")}
         assert http.post("/embed", files=form).status_code == 400
         pickled = http.post("/embed", content=b"x", headers={"content-type": "application/vnd.bentoml+pickle"})
