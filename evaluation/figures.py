@@ -134,6 +134,9 @@ def _similarities(result: Evaluation) -> "Figure":
     groups = [("right", answers.similarity[answers.right], BLUE), ("wrong", answers.similarity[~answers.right], ORANGE)]
     if result.unknown:
         groups.append(("unknown", result.unknown.similarities, PINK))
+    elif result.held_out:
+        held_out = np.concatenate([split.unknown.similarities for split in result.held_out])
+        groups.append(("of classes taken from the gallery", held_out, PINK))
     values = np.concatenate([group for _, group, _ in groups])
     edges = np.linspace(values.min() - 1e-9, values.max() + 1e-9, BINS + 1)
     figure = _figure(barmode="overlay", xaxis={"title": "similarity to the most probable class"})

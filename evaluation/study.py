@@ -212,7 +212,7 @@ def check_wanted(wanted: Wanted, gate: Gate, others: Sequence[Path]) -> None:
     """
     if gate.max_drop is not None and not others:
         raise CoterieError("--max-drop compares with another bundle: name it with --compare")
-    for option, value in (("--min-top1", gate.min_top1), ("--max-ece", gate.max_ece), ("--max-drop", gate.max_drop)):
+    for option, value in (("--max-ece", gate.max_ece), ("--max-drop", gate.max_drop)):
         if value is not None and not 0 <= value <= 1:
             raise CoterieError(f"{option} is {value:g}: give a share from 0 to 1")
     if wanted.seed < 0:
