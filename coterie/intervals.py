@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DRAWS", "Interval", "bootstrap", "bootstrap_means", "bootstrap_sums", "interval", "mcnemar"]
+__all__ = [
+    "DRAWS",
+    "Interval",
+    "bootstrap",
+    "bootstrap_draws",
+    "bootstrap_means",
+    "bootstrap_sums",
+    "interval",
+    "mcnemar",
+]
 
 DRAWS = 1000
 TAIL = 0.025
@@ -73,14 +82,21 @@ def bootstrap(
     Interval(value=1.0, low=1.0, high=1.0)
     """
     value = statistic(*(array for sample in samples for array in sample))
+    return interval(value, bootstrap_draws(statistic, *samples, draws=draws, seed=seed))
+
+
+def bootstrap_draws(
+    statistic: Callable[..., Any], *samples: Sequence[NDArray[Any]], draws: int = DRAWS, seed: int = 0
+) -> NDArray[np.float64]:
+    """What `bootstrap` takes its interval from, (draws, …) for a statistic of any shape; (0,) without any rows."""
     if any(not len(sample[0]) for sample in samples):
-        return interval(value, np.empty(0))
+        return np.empty(0)
     rng = np.random.default_rng(seed)
-    found = np.empty(draws)
-    for draw in range(draws):
+    found = []
+    for _ in range(draws):
         rows = [rng.integers(len(sample[0]), size=len(sample[0])) for sample in samples]
-        found[draw] = statistic(*(array[own] for sample, own in zip(samples, rows, strict=True) for array in sample))
-    return interval(value, found)
+        found.append(statistic(*(array[own] for sample, own in zip(samples, rows, strict=True) for array in sample)))
+    return np.asarray(found, dtype=np.float64)
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

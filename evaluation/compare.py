@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from coterie.errors import DataError
 from coterie.intervals import bootstrap, bootstrap_means, mcnemar
-from coterie.metrics import expected_calibration_error
+from coterie.metrics import auroc, expected_calibration_error
 from evaluation.evaluate import BINS, Evaluation
 from evaluation.queries import Queries
 from evaluation.robustness import Robustness, relative_error
+from evaluation.unknown import DRAWS, UnknownResult
 
 __all__ = ["Comparison", "Difference", "check_same_images", "compare"]
 
@@ -77,6 +78,8 @@ def compare(
     differences.append(
         _difference_of("ece", first.ece, other.ece, (one.confidence, one.right), (two.confidence, two.right), seed)
     )
+    if first.unknown and other.unknown:
+        differences.append(_difference_of_auroc(first.unknown, other.unknown, seed))
     relative = None
     if robustness:
         differences.append(_difference("corruption_error", robustness[0].wrong, robustness[1].wrong, seed))
@@ -105,3 +108,14 @@ def _difference_of(
 
     found = bootstrap(less, (*of_first, *of_other), seed=seed)
     return Difference(measure, first, other, found.value, found.low, found.high)
+
+
+def _difference_of_auroc(first: UnknownResult, other: UnknownResult, seed: int) -> Difference:
+    def less(
+        k1: NDArray[np.float64], k2: NDArray[np.float64], u1: NDArray[np.float64], u2: NDArray[np.float64]
+    ) -> float:
+        return auroc(k1, u1) - auroc(k2, u2)
+
+    known, unknown = (first.known_scores, other.known_scores), (first.unknown_scores, other.unknown_scores)
+    found = bootstrap(less, known, unknown, draws=DRAWS, seed=seed)
+    return Difference("unknown_auroc", first.auroc, other.auroc, found.value, found.low, found.high)

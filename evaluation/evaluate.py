@@ -1,20 +1,16 @@
 """What is served, measured: a bundle on labelled images, through the same pixels, encoder, index and classifier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
-from coterie.dataset import Rejected
 from coterie.errors import DataError
 from coterie.gallery import Snapshot
-from coterie.intervals import bootstrap_means, bootstrap_sums, interval
+from coterie.intervals import Interval, bootstrap_draws, bootstrap_means, bootstrap_sums, interval
 from coterie.metrics import (
-    Reliability,
     balanced_accuracy,
     class_rates,
     confusion,
@@ -26,149 +22,22 @@ from coterie.metrics import (
 )
 from coterie.progress import progress_bar
 from coterie.retrieval import retrieve, silhouettes, weighted_votes
-from evaluation.leaks import Leaks, find_leaks
-from evaluation.plain import plain
+from evaluation.leaks import find_leaks
 from evaluation.probe import linear_probe
 from evaluation.queries import Queries
-from evaluation.speed import Speed, measure_speed
-from evaluation.unknown import HeldOut, UnknownResult, hold_out, measure_unknown
+from evaluation.results import Answers, ClassResult, Evaluation, Knn, Mistake, Selective
+from evaluation.speed import measure_speed
+from evaluation.unknown import UnknownResult, hold_out, measure_unknown
 
-__all__ = ["BINS", "KS", "Answers", "ClassResult", "Evaluation", "Knn", "Mistake", "evaluate"]
+__all__ = ["BINS", "KS", "Evaluation", "evaluate"]
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 K = 20  # of `knn_top1`: what DINO found best
 BINS = 15
 COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)
+# Each sorts all answers.
+SELECTIVE_DRAWS = 200
 MOST_MISTAKES, MISTAKEN_NEIGHBORS = 24, 5
-
-
-@dataclass(frozen=True)
-class Knn:
-    """DINO's weighted vote of the k nearest at T = 0.07, with 95 % intervals."""
-
-    k: int
-    top1: float
-    top1_interval: tuple[float, float]
-    top5: float
-    top5_interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class's share of the result; `accepted` counts right and accepted answers. NaN: nothing to measure."""
-
-    label: str
-    images: int
-    precision: float
-    recall: float
-    f1: float
-    accepted: float
-    intervals: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong label, the picture it was given for, and label, similarity and picture of the nearest gallery items."""
-
-    path: str
-    truth: str
-    predicted: str
-    probability: float
-    thumbnail: bytes = field(repr=False)
-    neighbors: tuple[tuple[str, float, bytes], ...] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What each of n queries was answered, for plots and comparisons.
-
-    Attributes:
-        measures: by the name of a mean in `Evaluation`, what it is the mean of; NaN does not count.
-        confidence, vote_confidence: probability of the label given by the classifier, and by the plain vote.
-        vote_right: whether the vote's label is right.
-        similarity: to the most probable class.
-    """
-
-    predicted: NDArray[np.str_]
-    measures: dict[str, NDArray[np.float64]]
-    confidence: NDArray[np.float64]
-    vote_confidence: NDArray[np.float64]
-    vote_right: NDArray[np.bool_]
-    similarity: NDArray[np.float64]
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        return self.measures["top1"] > 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one bundle on one set of images.
-
-    Attributes:
-        top1, top5: share of right labels among the classifier's first one or five, rejection ignored.
-        accepted_top1: share of right labels that were accepted at `false_reject`: the served answer.
-        false_rejected: share of all images called unknown.
-        knn_top1, cluster_top1, probe_top1: by the weighted vote of 20 neighbours at T = 0.07 as DINO has it (arXiv
-            2104.14294), by the most similar cluster alone, and by a linear classifier on the embeddings.
-        agreement: share of images to which vote and clusters give one label.
-        recall_at_1 … map_at_r: see coterie.retrieval.Retrieval.
-        balanced_accuracy, macro_f1: means over classes of recall and F1.
-        ece, ece_of_vote: expected calibration error of the fitted probabilities and of the plain vote, before
-            calibration; 15 bins, top label.
-        aurc: mean risk over all coverages; `accuracy_at_coverage` is 1 − risk of the most confident share.
-        silhouette: of the queries' own embeddings, by cosine distance.
-        knn: over a range of k, as far as the gallery has so many items.
-        intervals: low and high of a 95 % bootstrap interval, by the name of the number.
-        confusion: counts, rows true and columns predicted labels in the order of `classes`.
-        mistakes: wrong labels, the most confident first.
-        rejected: images that could not be read.
-    """
-
-    bundle: str
-    name: str
-    data: str
-    images: int
-    gallery: int
-    classes: tuple[str, ...]
-    false_reject: float
-    seed: int
-    top1: float
-    top5: float
-    accepted_top1: float
-    false_rejected: float
-    knn_top1: float
-    cluster_top1: float
-    probe_top1: float
-    agreement: float
-    recall_at_1: float
-    recall_at_5: float
-    recall_at_10: float
-    r_precision: float
-    map_at_r: float
-    balanced_accuracy: float
-    macro_f1: float
-    ece: float
-    ece_of_vote: float
-    aurc: float
-    silhouette: float
-    accuracy_at_coverage: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    knn: tuple[Knn, ...]
-    per_class: tuple[ClassResult, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    reliability: dict[str, Reliability]
-    mistakes: tuple[Mistake, ...]
-    leaks: Leaks
-    rejected: tuple[Rejected, ...]
-    speed: Speed
-    answers: Answers = field(repr=False)
-    unknown: UnknownResult | None = None
-    held_out: tuple[HeldOut, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, without pictures; what was not measured is null."""
-        return {**plain(self), "rejected": [str(entry) for entry in self.rejected]}
 
 
 def evaluate(
@@ -203,7 +72,8 @@ def evaluate(
     classes = tuple(sorted(set(labels.tolist()) | set(answers.predicted.tolist())))
     table = confusion(answers.predicted, labels, classes)
     means = {name: float(np.nanmean(values)) for name, values in answers.measures.items() if np.isfinite(values).any()}
-    risks = selective_risks(answers.confidence, answers.right)
+    splits = [hold_out(bundle, snapshot, queries, split, false_reject=false_reject, seed=seed) for split in held_out]
+    aurc, selective = _selective(answers, seed)
     per_class, of_classes = _per_class(table, classes, answers, labels, seed)
     return Evaluation(
         bundle=bundle.manifest.id,
@@ -219,9 +89,10 @@ def evaluate(
         macro_f1=float(np.nanmean(class_rates(table).f1)),
         ece=expected_calibration_error(answers.confidence, answers.right, bins=BINS),
         ece_of_vote=expected_calibration_error(answers.vote_confidence, answers.vote_right, bins=BINS),
-        aurc=float(risks.mean()),
-        accuracy_at_coverage={f"{share:g}": 1 - risk_at_coverage(risks, share) for share in COVERAGES},
-        intervals={**_intervals(answers, seed), **of_classes},
+        aurc=aurc.value,
+        held_out_auroc=float(np.mean([split.unknown.auroc for split in splits])) if splits else float("nan"),
+        selective=selective,
+        intervals={**_intervals(answers, seed), **of_classes, "aurc": (aurc.low, aurc.high)},
         knn=_knn(scores, snapshot, truth, seed),
         per_class=per_class,
         confusion=tuple(tuple(row) for row in table.tolist()),
@@ -235,9 +106,7 @@ def evaluate(
         speed=measure_speed(bundle, queries),
         answers=answers,
         unknown=_unknown(scores, answers.right, unknown, bundle, snapshot, limit, seed) if unknown else None,
-        held_out=tuple(
-            hold_out(bundle, snapshot, queries, split, false_reject=false_reject, seed=seed) for split in held_out
-        ),
+        held_out=tuple(splits),
     )
 
 
@@ -298,6 +167,21 @@ def _knn(scores: Scores, snapshot: Snapshot, truth: NDArray[np.int64], seed: int
     return tuple(
         Knn(k, one.value, (one.low, one.high), five.value, (five.low, five.high))
         for k, one, five in zip(ks, found[::2], found[1::2], strict=True)
+    )
+
+
+def _selective(answers: Answers, seed: int) -> tuple[Interval, tuple[Selective, ...]]:
+    """The area under the risk–coverage curve, and accuracy at some coverages."""
+
+    def measured(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+        risks = selective_risks(confidences, right)
+        return np.asarray([risks.mean(), *(1 - risk_at_coverage(risks, share) for share in COVERAGES)])
+
+    values = measured(answers.confidence, answers.right).tolist()
+    drawn = bootstrap_draws(measured, (answers.confidence, answers.right), draws=SELECTIVE_DRAWS, seed=seed)
+    aurc, *found = (interval(value, drawn[:, column]) for column, value in enumerate(values))
+    return aurc, tuple(
+        Selective(share, one.value, (one.low, one.high)) for share, one in zip(COVERAGES, found, strict=True)
     )
 
 

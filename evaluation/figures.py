@@ -57,6 +57,7 @@ def _figure(height: int = 360, **layout: Any) -> "Figure":
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         **layout,
     )
+    figure.update_xaxes(automargin=True, title_standoff=10)
     figure.update_yaxes(automargin=True, title_standoff=10)
     return figure
 

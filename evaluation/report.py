@@ -34,6 +34,7 @@ NUMBERS = (
     ("agreement", "Vote and clusters agree", "a drift alarm where it falls"),
     ("ece", "Calibration error", "ECE of the probabilities served, 15 bins, top label"),
     ("ece_of_vote", "The same before calibration", "of the plain vote"),
+    ("aurc", "AURC", "mean share wrong over all shares answered, the most confident first"),
 )
 UNKNOWN = (
     ("auroc", "AUROC", "a known image scores above an unknown one"),
@@ -67,7 +68,11 @@ def write_report(study: Study, path: Path) -> None:
         summary=summary(study),
         numbers=NUMBERS,
         unknown_numbers=UNKNOWN,
-        names_of_measures={name: shown for name, shown, _ in NUMBERS} | {"corruption_error": "Error under corruption"},
+        names_of_measures={name: shown for name, shown, _ in NUMBERS}
+        | {
+            "corruption_error": "Error under corruption",
+            "unknown_auroc": "AUROC against the unknown",
+        },
         drawn=drawn,
         figures=_script(drawn),
         thumbnails=_script(thumbnails),

@@ -32,7 +32,7 @@ class Robustness:
     """Of one bundle, by corruption and severity 1 to 5.
 
     Attributes:
-        errors: share of wrong labels by the classifier, rejection ignored.
+        errors: share of wrong labels by the classifier, rejection ignored; `error_intervals` low and high of each.
         refused: share called unknown at the evaluation's false-reject rate.
         eces: expected calibration error, 15 bins.
         mean_error: over all corruptions and severities, unweighted, as the CIFAR literature has it.
@@ -49,6 +49,7 @@ class Robustness:
     error_by_severity: tuple[float, ...]
     ece_by_severity: tuple[float, ...]
     errors: dict[str, tuple[float, ...]]
+    error_intervals: dict[str, tuple[tuple[float, float], ...]]
     refused: dict[str, tuple[float, ...]]
     eces: dict[str, tuple[float, ...]]
     wrong: NDArray[np.float64] = field(repr=False)
@@ -147,6 +148,8 @@ def _summary(
     clean = score(queries.embeddings, bundle.base, bundle.manifest.calibration)
     labels = np.asarray(bundle.base.clusters.labels, dtype=np.str_)[clean.best]
     wrong = 1 - right.mean(axis=0)
+    each = [(one.low, one.high) for one in bootstrap_means(~right.T, seed=seed)]
+    of_severities = range(0, len(each), len(SEVERITIES))
     mean = bootstrap_means(wrong[:, None], seed=seed)[0]
     return Robustness(
         images=len(queries),
@@ -158,6 +161,9 @@ def _summary(
         error_by_severity=tuple(errors.mean(axis=0).tolist()),
         ece_by_severity=tuple(eces.mean(axis=0).tolist()),
         errors=_by_name(errors),
+        error_intervals=dict(
+            zip(CORRUPTIONS, (tuple(each[at : at + len(SEVERITIES)]) for at in of_severities), strict=True)
+        ),
         refused=_by_name(refused.mean(axis=1).reshape(shape)),
         eces=_by_name(eces),
         wrong=wrong,

@@ -15,7 +15,7 @@ from coterie.metrics import auroc, average_precision, known_rejected_at_95, oscr
 from coterie.reference import LabelledVectors
 from evaluation.queries import Queries
 
-__all__ = ["RANDOM", "HeldOut", "UnknownResult", "hold_out", "measure_unknown", "random_splits"]
+__all__ = ["DRAWS", "RANDOM", "HeldOut", "UnknownResult", "hold_out", "measure_unknown", "random_splits"]
 
 RANDOM = "random"
 SPLITS, UNKNOWN_SHARE = 5, 0.4  # of ten classes four, as the splits that open-set papers share (arXiv 2110.06207)
@@ -36,6 +36,7 @@ class UnknownResult:
         known_rejected_at_95: FPR95 of OpenOOD: share of the known rejected where 95 % of the unknown are.
         intervals: low and high of each.
         similarities: of the unknown images to their most probable class, (n,).
+        known_scores, unknown_scores: what was compared, higher for images that look known; (m,) and (n,).
     """
 
     images: int
@@ -48,6 +49,8 @@ class UnknownResult:
     known_rejected_at_95: float
     intervals: dict[str, tuple[float, float]]
     similarities: NDArray[np.float64] = field(repr=False)
+    known_scores: NDArray[np.float64] = field(repr=False)
+    unknown_scores: NDArray[np.float64] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class HeldOut:
     classes: tuple[str, ...]
     known: int
     top1: float
+    top1_interval: tuple[float, float]
     unknown: UnknownResult
 
 
@@ -82,6 +86,8 @@ def measure_unknown(known: Scores, right: NDArray[np.bool_], strange: Scores, li
         **{name: found.value for name, found in measures.items()},
         intervals={name: (found.low, found.high) for name, found in measures.items()},
         similarities=strange.joint,
+        known_scores=near,
+        unknown_scores=far,
     )
 
 
@@ -124,4 +130,5 @@ def hold_out(
     known, unknown = (score(queries.embeddings[rows], rest, calibration) for rows in (~out, out))
     right = np.asarray(rest.clusters.labels, dtype=np.str_)[known.best] == queries.labels[~out]
     found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed)
-    return HeldOut(tuple(sorted(set(classes))), int((~out).sum()), float(right.mean()), found)
+    top1 = bootstrap_means(right[:, None], seed=seed)[0]
+    return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, (top1.low, top1.high), found)

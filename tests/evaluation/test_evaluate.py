@@ -104,6 +104,13 @@ def test_every_number_lies_within_its_interval(result):
             assert low - 1e-6 <= getattr(row, name) <= high + 1e-6
 
 
+def test_the_most_confident_are_right_more_often(result):
+    shares = [one.accuracy for one in result.selective]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == pytest.approx(result.top1)
+    assert all(one.interval[0] <= one.accuracy <= one.interval[1] + 1e-9 for one in result.selective)
+
+
 def test_unknown_images_score_lower_than_known_ones(result):
     assert result.unknown is not None
     assert result.unknown.auroc > 0.6
@@ -116,6 +123,7 @@ def test_a_class_taken_from_the_gallery_is_never_answered(tiny_bundle, queries, 
     assert split.classes == ("1", "5")
     assert (split.known, split.unknown.images) == (72, 24)
     assert split.top1 >= result.top1 - 0.02
+    assert result.held_out_auroc == split.unknown.auroc
 
 
 @pytest.mark.parametrize(("classes", "message"), [(("8",), "no class '8'"), (tuple("01234567"), "leaves no class")])

@@ -90,6 +90,8 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
         assert found.refused[name][severity - 1] == pytest.approx(refused, abs=1e-6)
     errors = np.asarray(list(found.errors.values()))
     assert errors.shape == (15, 5)
+    bounds = np.asarray(list(found.error_intervals.values()))
+    assert (bounds[..., 0] <= errors + 1e-6).all() and (errors <= bounds[..., 1] + 1e-6).all()
     assert list(found.errors) == list(CORRUPTIONS)
     assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
