@@ -113,8 +113,8 @@ class Study:
             "few_shot": plain(self.few_shot[0]) if self.few_shot else None,
             "compared": [
                 {
-                    "name": self.names[i],
                     **self.evaluations[i].to_json(),
+                    "name": self.names[i],
                     "robustness": plain(self.robustness[i]) if self.robustness else None,
                     "few_shot": plain(self.few_shot[i]) if self.few_shot else None,
                 }

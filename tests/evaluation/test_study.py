@@ -66,6 +66,7 @@ def test_a_bundle_does_not_differ_from_itself(tiny_bundle, data, tmp_path):
     twin = shutil.copytree(tiny_bundle.path, tmp_path / "twin")
     found = run_study(tiny_bundle.path, data, [twin], Wanted(device="cpu"))
     assert found.names == ("bundle", "twin")
+    assert found.to_json()["compared"][0]["name"] == "twin"
     for one in found.comparisons[0].differences:
         assert (one.difference, one.low, one.high) == (0, 0, 0) or one.measure == "ece"
         assert one.p in (None, 1)
