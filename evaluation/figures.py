@@ -104,6 +104,7 @@ def _reliability(result: Evaluation) -> "Figure":
             marker={"size": (6 + 14 * np.sqrt(bins.counts[some] / bins.counts.max())).tolist(), "color": colour},
             line={"color": colour},
             customdata=bins.counts[some].tolist(),
+            cliponaxis=False,
             hovertemplate="stated %{x:.1%}, right %{y:.1%}, %{customdata} images<extra></extra>",
             name=f"{shown} (ECE {result.ece if name == 'classifier' else result.ece_of_vote:.3f})",
         )

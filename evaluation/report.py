@@ -85,8 +85,9 @@ def summary(study: Study) -> str:
     """What a person should know who reads one sentence or two."""
     result = study.first
     low, high = map(_percent, result.intervals["top1"])
+    between = "" if low == high else f" ({low} to {high})"
     parts = [
-        f"Of {result.images:,} images, {_percent(result.top1)} get the right label ({low} to {high}); as served, with "
+        f"Of {result.images:,} images, {_percent(result.top1)} get the right label{between}; as served, with "
         f"{result.false_reject:.0%} false rejects asked for, {_percent(result.accepted_top1)} are right and accepted."
     ]
     if unknown := result.unknown:
@@ -99,10 +100,10 @@ def summary(study: Study) -> str:
 
 
 def _verdict(top1: Difference, other: str) -> str:
-    by = f"{abs(top1.difference) * 100:.1f} points"
-    if top1.clear:
-        return f"That is {by} {'more' if top1.difference > 0 else 'less'} than {other}, beyond chance."
-    return f"Against {other} it is {top1.difference * 100:+.1f} points, within chance (p = {top1.p:.2g})."
+    points = f"{abs(top1.difference) * 100:.1f} points {'above' if top1.difference > 0 else 'below'} that of {other}"
+    if not top1.difference:
+        return f"{other} gets as many right."
+    return f"Its top-1 is {points}, {'beyond' if top1.clear else 'within'} chance (p = {top1.p:.2g})."
 
 
 def _script(value: object) -> Markup:
