@@ -88,10 +88,9 @@ def compare(
 
 
 def _difference(measure: str, first: NDArray[np.float64], other: NDArray[np.float64], seed: int) -> Difference:
-    found = bootstrap_means((first - other)[:, None], seed=seed)[0]
+    one, two, less = bootstrap_means(np.stack([first, other, first - other], axis=1), seed=seed)
     p = mcnemar(first > 0, other > 0) if measure in RATES else None
-    means = (float(np.nanmean(values)) for values in (first, other))
-    return Difference(measure, *means, found.value, found.low, found.high, p)
+    return Difference(measure, one.value, two.value, less.value, less.low, less.high, p)
 
 
 def _difference_of(

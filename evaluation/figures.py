@@ -198,7 +198,7 @@ def _map(study: Study) -> "Figure":
             continue
         own = own[np.argsort(~answers.right[rows[own]], kind="stable")]  # the legend shows the first one's symbol
         right = answers.right[rows[own]]
-        figure.add_scattergl(
+        figure.add_scatter(
             x=plane[own, 0].tolist(),
             y=plane[own, 1].tolist(),
             mode="markers",

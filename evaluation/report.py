@@ -58,7 +58,7 @@ def write_report(study: Study, path: Path) -> None:
     environment = Environment(
         loader=PackageLoader("evaluation", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": _percent, "picture": _picture, "number": _number}
+    environment.filters |= {"percent": _percent, "picture": _picture, "number": _number, "signed": _signed}
     drawn = {name: json.loads(figure.to_json()) for name, figure in figures(study).items()}
     thumbnails = [_picture(study.queries.images.thumbnails[row]) for row in on_map(study)]
     template = environment.get_template("report.html")
@@ -117,6 +117,10 @@ def _percent(share: float) -> str:
 
 def _number(value: float) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.4f}"
 
 
 def _picture(data: bytes) -> str:

@@ -102,3 +102,11 @@ def test_a_handful_of_images_without_extras_has_a_report(tiny_bundle, digit_tree
     assert "corruptions" not in figures(study)
     assert np.isnan(study.first.silhouette)
     assert "NaN" not in (tmp_path / "report.html").read_text("utf-8").rpartition("<script>")[2]
+
+
+def test_bundles_are_compared_on_one_class_too(tiny_bundle, digit_tree_of, tmp_path):
+    data = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=3, skip=100)
+    study = run_study(tiny_bundle.path, data, [tiny_bundle.path], Wanted(device="cpu"))
+    write_report(study, tmp_path / "report.html")
+    page = outside_scripts((tmp_path / "report.html").read_text("utf-8"))
+    assert "nan" not in re.sub(r"data:image[^\"]*", "", page)
