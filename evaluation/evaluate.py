@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
-from coterie.errors import DataError
 from coterie.gallery import Snapshot
 from coterie.intervals import Interval, bootstrap_draws, bootstrap_means, bootstrap_sums, interval
 from coterie.metrics import (
@@ -24,7 +23,7 @@ from coterie.progress import progress_bar
 from coterie.retrieval import retrieve, silhouettes, weighted_votes
 from evaluation.leaks import find_leaks
 from evaluation.probe import linear_probe
-from evaluation.queries import Queries
+from evaluation.queries import Queries, check_labels
 from evaluation.results import Answers, ClassResult, Evaluation, Knn, Mistake, Selective
 from evaluation.speed import measure_speed
 from evaluation.unknown import UnknownResult, hold_out, measure_unknown
@@ -65,7 +64,7 @@ def evaluate(
     limit = calibration.limit(false_reject)
     names = np.asarray(snapshot.clusters.labels, dtype=np.str_)
     labels = queries.labels
-    _check_labels(labels, names)
+    check_labels(labels.tolist(), snapshot.clusters.labels)
     truth = np.searchsorted(names, labels)
     scores = score(queries.embeddings, snapshot, calibration, neighbors=max(KS))
     answers = _answers(queries, truth, scores, snapshot, scores.accepted(limit))
@@ -108,15 +107,6 @@ def evaluate(
         unknown=_unknown(scores, answers.right, unknown, bundle, snapshot, limit, seed) if unknown else None,
         held_out=tuple(splits),
     )
-
-
-def _check_labels(truth: NDArray[np.str_], names: NDArray[np.str_]) -> None:
-    strange = sorted(set(truth.tolist()) - set(names.tolist()))
-    if strange:
-        raise DataError(
-            f"the gallery has no class {', '.join(map(repr, strange[:5]))}{' …' if len(strange) > 5 else ''}: "
-            "enrol it first, or give these images as --unknown"
-        )
 
 
 def _answers(

@@ -135,7 +135,7 @@ def run_study(bundle: Path, data: Path, others: Sequence[Path] = (), wanted: Wan
     opened = [Bundle.open(path, device=wanted.device, threads=wanted.threads) for path in (bundle, *others)]
     for one in opened:
         one.manifest.calibration.limit(wanted.false_reject)  # before anything is decoded
-    found = [embed_folder(one, data, strict=wanted.strict) for one in opened]
+    found = [embed_folder(one, data, strict=wanted.strict, known=True) for one in opened]
     for queries in found[1:]:
         check_same_images(found[0], queries)
     splits = _splits(opened[0], wanted)
