@@ -7,7 +7,7 @@ Embeddings are drawn around class centres, so that a few queries are wrong; cali
 the whole of `evaluation.evaluate.evaluate` on a bundle whose encoder is never asked for more than the single images of
 the latency: k-NN over all k, clusters, linear probe, Recall@k, R-precision and MAP@R over the whole gallery,
 silhouette, calibration, risk and coverage, leaks, and 1,000 bootstrap draws. The goal: 20 s and 2 GB on two cores.
-Measured on two cores of an AMD EPYC with AVX-512, three runs: 5.3 to 5.5 s, 1.10 GB at the peak, 0.49 GB of it before.
+Measured on two cores of an AMD EPYC with AVX-512, three runs: 5.8 to 5.9 s, 1.14 GB at the peak, 0.51 GB of it before.
 """
 
 import argparse
