@@ -322,6 +322,7 @@ def main() -> None:
     if arguments.add_for_ever:
         add_for_ever(arguments.add_for_ever, arguments.seed)
         return
+    sys.setswitchinterval(0.0005)  # as the service does
     with TemporaryDirectory(dir=arguments.dir) as folder:
         result = measure(Path(folder) / "gallery.sqlite", arguments)
     show(result)

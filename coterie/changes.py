@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Changes", "Edit", "GalleryStore", "KeptItem", "Lacking", "StoredItem"]
+from coterie.receipts import Receipt
+
+__all__ = ["Changes", "Edit", "GalleryStore", "KeptItem", "Lacking", "Receipt", "StoredItem"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,20 @@ class GalleryStore(Protocol):
     def changes(self, since: int = 0) -> Changes:
         """The changes after the number `since`, as of one moment."""
 
-    def add(self, items: Sequence[StoredItem]) -> None:
-        """Keep `items`; QuotaError if a class would have too many."""
+    def add(self, items: Sequence[StoredItem], receipt: Receipt | None = None) -> Receipt | None:
+        """Keep `items`; QuotaError if a class would have too many.
+
+        If there is a receipt of this key already, nothing is added; returns the one that is kept.
+        """
+
+    def receipt(self, key: str) -> Receipt | None:
+        """The receipt of what was added under this key, if it is not too long ago."""
+
+    def enrolled_counts(self) -> dict[str, int]:
+        """How many enrolled items each class has that has any."""
+
+    def is_enrolled(self, identifier: str) -> bool:
+        """Whether the item is an enrolled one."""
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Change items, enrolled ones or the bundle's own; DataError if one was removed."""

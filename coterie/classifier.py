@@ -27,8 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import Neighbor, Snapshot
+from coterie.nearest import nearest_of
 from coterie.prototypes import gaps
 from coterie.reference import Reference
 
@@ -38,12 +40,14 @@ __all__ = [
     "Classification",
     "Neighbor",
     "Scores",
+    "Verification",
     "classify",
     "closeness",
     "joined_gap",
     "log_votes",
     "score",
     "softmax",
+    "verify",
 ]
 
 # The share of the radius's logarithm that counts in a class's favour. At 0 a narrow, well trained cluster takes the
@@ -142,6 +146,24 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """Whether one image belongs to a class.
+
+    Attributes:
+        match: whether `similarity` reaches `threshold`.
+        similarity, threshold: to the class, its cluster and nearest item joined, and the least that is accepted.
+        calibration, snapshot: as of a `Classification`.
+    """
+
+    label: str
+    match: bool
+    similarity: float
+    threshold: float
+    calibration: str
+    snapshot: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """Everything the classifier computes for a batch, as arrays.
 
@@ -171,7 +193,7 @@ class Scores:
 
     def thresholds(self, limit: float) -> NDArray[np.float64]:
         """The least joint similarity that is accepted, (n,), at a deviation of at most `limit`."""
-        return np.asarray(1 - np.minimum(self.typical * np.exp(limit), self.bounds))
+        return _thresholds(self.typical, self.bounds, limit)
 
     def accepted(self, limit: float) -> NDArray[np.bool_]:
         """Whether each query reaches its threshold, (n,)."""
@@ -199,17 +221,15 @@ def score(
     logits = calibration.vote_weight * votes + calibration.cluster_weight * closeness(to_clusters, radii)
     best, each = logits.argmax(axis=1), np.arange(len(logits))
 
-    share = calibration.neighbor_share
     to_item = _nearest_of(best, similarities[:, :k], classes)
-    typical = joined_gap(radii[each, best], clusters.spacings[best], share)
-    shared = typical**OWN_SHARE * calibration.typical_gap ** (1 - OWN_SHARE)
+    typical, bounds = _reaches(clusters, best, radii[each, best], calibration)
     return Scores(
         probabilities=softmax(logits),
         cluster_similarities=to_clusters,
         best=best,
-        joint=1 - joined_gap(gaps(to_clusters[each, best]), gaps(to_item), share),
-        typical=np.where(clusters.enrolled[best], typical, shared),
-        bounds=joined_gap(clusters.bounds[best, 0], clusters.bounds[best, 1], share),
+        joint=1 - joined_gap(gaps(to_clusters[each, best]), gaps(to_item), calibration.neighbor_share),
+        typical=typical,
+        bounds=bounds,
         neighbors=rows,
         similarities=similarities,
     )
@@ -268,6 +288,43 @@ def classify(
     ]
 
 
+def verify(
+    embeddings: NDArray[np.float32],
+    snapshot: Snapshot,
+    calibration: Calibration,
+    label: str,
+    *,
+    false_reject: float = 0.05,
+) -> list[Verification]:
+    """Say of each unit-length embedding (n, d) whether it belongs to a class, whichever other class it may resemble.
+
+    Similarity and threshold are those of `classify` where that finds the class most probable and one of its items among
+    the neighbours that vote; here the class's nearest item counts wherever it lies.
+
+    Args:
+        false_reject: the share of the class's images that may be refused; one of those calibrated.
+
+    Raises:
+        CoterieError: no limit was fitted for that rate.
+        DataError: there is no such class.
+    """
+    limit, clusters = calibration.limit(false_reject), snapshot.clusters
+    if label not in clusters.labels:
+        raise DataError(f"the gallery has no class {label!r}: `coterie gallery list` shows which it has")
+    row = clusters.labels.index(label)
+    to_class, radii = (found[:, 0] for found in clusters.select([row]).similarities(embeddings))
+    to_item = nearest_of(embeddings, snapshot.items, snapshot.members(label), 1)[0][:, 0]
+    joint = 1 - joined_gap(gaps(to_class), gaps(to_item), calibration.neighbor_share)
+    typical, bounds = _reaches(clusters, np.full(len(embeddings), row), radii, calibration)
+    thresholds, identity = _thresholds(typical, bounds, limit), calibration.id
+    return [
+        Verification(label, match, similarity, threshold, identity, snapshot.sequence)
+        for match, similarity, threshold in zip(
+            (joint >= thresholds).tolist(), joint.tolist(), thresholds.tolist(), strict=True
+        )
+    ]
+
+
 def log_votes(
     similarities: NDArray[np.float32], classes: NDArray[np.int64], counts: NDArray[np.int64], temperature: float
 ) -> NDArray[np.float64]:
@@ -296,6 +353,21 @@ def _nearest_of(
     own = classes == wanted[:, None]
     found = np.where(own.any(axis=1), own.argmax(axis=1), own.shape[1] - 1)
     return np.asarray(np.take_along_axis(similarities, found[:, None], 1)[:, 0])
+
+
+def _reaches(
+    clusters: ClassClusters, rows: NDArray[np.int64], radii: NDArray[np.float32], calibration: Calibration
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the classes at `rows`, with the radius of one prototype each: the typical joint gap, and the largest."""
+    share = calibration.neighbor_share
+    typical = joined_gap(radii, clusters.spacings[rows], share)
+    shared = typical**OWN_SHARE * calibration.typical_gap ** (1 - OWN_SHARE)
+    bounds = joined_gap(clusters.bounds[rows, 0], clusters.bounds[rows, 1], share)
+    return np.where(clusters.enrolled[rows], typical, shared), bounds
+
+
+def _thresholds(typical: NDArray[np.float64], bounds: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
+    return np.asarray(1 - np.minimum(typical * np.exp(limit), bounds))
 
 
 def joined_gap(of_cluster: NDArray[np.floating], of_items: NDArray[np.floating], share: float) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ the nearest of the class's items.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,10 @@ STRANGERS_WITHIN = 0.2
 # new classes, 59 % get the right label, 46 % with the radius of the widest known class; known ones lose half a point.
 STRANGERS_NEAR = 0.05
 WIDEST_GAP = 2.0
-# So many items or members, evenly chosen, tell a typical gap or where a fifth of them begins.
-MOST_COMPARED = 2000
+# Of a similarity, as coterie.ranking has them.
+DECIMALS = 6
+# So many members, evenly chosen, tell a typical gap; so many strangers, where a twentieth of them begins.
+MEMBERS_COMPARED, STRANGERS_COMPARED = 128, 500
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ class ClassClusters:
 
     def similarities(self, embeddings: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The cosine of each embedding (n, d) to each class's most similar prototype, and that one's radius; (n, c)."""
-        to_prototypes = np.asarray(embeddings @ self.prototypes.T)
+        # Single precision would depend on the other queries of a batch.
+        exact = embeddings.astype(np.float64) @ self._exact_prototypes
+        to_prototypes = np.round(exact, DECIMALS).astype(np.float32)
         if len(self.owners) == len(self):
             return to_prototypes, np.broadcast_to(self.radii, to_prototypes.shape)
         best = self._of_classes(to_prototypes)
@@ -162,7 +167,7 @@ class ClassClusters:
         self, label: str, members: NDArray[np.float32], strangers: NDArray[np.float32], before: "ClassClusters"
     ) -> "ClassClusters":
         members = members[np.lexsort(members.T[:2])]
-        strangers = strangers[:: -(-len(strangers) // MOST_COMPARED) or 1]
+        strangers = strangers[:: -(-len(strangers) // STRANGERS_COMPARED) or 1]
         calibrated = len(before) > 0 and not before.enrolled[0]
         prototypes = place(members, least=len(before.prototypes) if calibrated else 1)
         owners = np.zeros(len(prototypes), dtype=np.int64)
@@ -195,19 +200,24 @@ class ClassClusters:
             radii=radii,
         )
 
+    @cached_property
+    def _exact_prototypes(self) -> NDArray[np.float64]:
+        return self.prototypes.T.astype(np.float64)
+
     def _of_classes(self, of_prototypes: NDArray[np.float32]) -> NDArray[np.float32]:
         """The largest of each class's values; from (n, p) to (n, c)."""
         first = np.searchsorted(self.owners, np.arange(len(self)))
         return np.asarray(np.maximum.reduceat(of_prototypes, first, axis=1) if len(self) else of_prototypes)
 
 
-def left_out_gaps(members: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The gap of each member (m, d) to the prototype of all the others; empty for fewer than two members."""
+def left_out_gaps(members: NDArray[np.float32], rows: slice = slice(None)) -> NDArray[np.float64]:
+    """The gap of each member (m, d), or of those at `rows`, to the prototype of all others; empty for a lone member."""
     if len(members) < 2:
         return np.empty(0)
-    rest = members.sum(axis=0, dtype=np.float64) - members
+    some = members[rows]
+    rest = members.sum(axis=0, dtype=np.float64) - some
     lengths = np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
-    return gaps(np.einsum("md,md->m", members, rest) / lengths)
+    return gaps(np.einsum("md,md->m", some, rest) / lengths)
 
 
 def typical_gaps(
@@ -237,12 +247,11 @@ def _measured(
         to_prototypes = unseen @ prototypes.T
         return gaps(to_prototypes.max(axis=1)), to_prototypes.argmax(axis=1), gaps((unseen @ members.T).max(axis=1))
     owners = nearest_prototypes(members, prototypes)
-    groups = [members[owners == row] for row in range(len(prototypes))]
-    nearest = np.repeat(np.arange(len(prototypes)), [len(group) if len(group) > 1 else 0 for group in groups])
-    to_prototype = np.concatenate([left_out_gaps(group) for group in groups])
+    some = slice(None, None, -(-len(members) // MEMBERS_COMPARED))
+    to_prototype = [left_out_gaps(members[owners == row], some) for row in range(len(prototypes))]
+    nearest = np.repeat(np.arange(len(prototypes)), [len(found) for found in to_prototype])
     if len(members) < 2:
-        return to_prototype, nearest, np.empty(0)
-    some = np.arange(0, len(members), -(-len(members) // MOST_COMPARED))
+        return np.concatenate(to_prototype), nearest, np.empty(0)
     to_others = members[some] @ members.T
-    to_others[np.arange(len(some)), some] = -1
-    return to_prototype, nearest, gaps(to_others.max(axis=1))
+    to_others[np.arange(len(to_others)), np.arange(len(members))[some]] = -1
+    return np.concatenate(to_prototype), nearest, gaps(to_others.max(axis=1))

@@ -20,7 +20,7 @@ from coterie.items import item_id
 from coterie.labels import check_label
 from coterie.machine import processors
 
-__all__ = ["Enrolled", "enrol"]
+__all__ = ["Enrolled", "Example", "enrol", "read_example", "same_bytes"]
 
 BATCH = 32
 
@@ -41,8 +41,8 @@ class Enrolled:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """An image that can be used."""
+class Example:
+    """An image that was read, and not yet decoded."""
 
     id: str
     path: str
@@ -78,11 +78,11 @@ def enrol(
         for batch in _batches(images):
             wanted = []
             snapshot = gallery.snapshot()
-            for read in pool.map(lambda row: _read(row, root, label), batch):
+            for read in pool.map(lambda row: read_example(row, root, label), batch):
                 if isinstance(read, Rejected):
                     rejected.append(read)
                 elif read.id in seen:
-                    rejected.append(Rejected(Path(read.path), _same_bytes(*seen[read.id], read)))
+                    rejected.append(Rejected(Path(read.path), same_bytes(*seen[read.id], read)))
                 else:
                     seen[read.id] = read.path, read.label
                     row = snapshot.rows.get(read.id)
@@ -106,7 +106,8 @@ def _batches(images: Iterable[ImageRow]) -> Iterator[list[ImageRow]]:
         yield batch
 
 
-def _read(row: ImageRow, root: Path, label: str | None) -> _Read | Rejected:
+def read_example(row: ImageRow, root: Path, label: str | None) -> Example | Rejected:
+    """The image of a row, of the class `label` or else the row's own; or why it is left out."""
     name = label or row.label
     try:
         if name is None:
@@ -115,10 +116,10 @@ def _read(row: ImageRow, root: Path, label: str | None) -> _Read | Rejected:
         content = read_file(root / row.path) if row.content is None else row.content
     except (CoterieError, ValueError) as error:  # a ValueError for a path with a null character
         return Rejected(Path(row.path), str(error))
-    return _Read(item_id(content), row.path, name, content)
+    return Example(item_id(content), row.path, name, content)
 
 
-def _decode(read: _Read, preprocessing: Preprocessing) -> tuple[_Read, NDArray[np.uint8], bytes] | Rejected:
+def _decode(read: Example, preprocessing: Preprocessing) -> tuple[Example, NDArray[np.uint8], bytes] | Rejected:
     try:
         image, box = decode_to_fit(read.content, preprocessing)
         return read, fit(image, preprocessing, box), thumbnail(image)
@@ -126,7 +127,7 @@ def _decode(read: _Read, preprocessing: Preprocessing) -> tuple[_Read, NDArray[n
         return Rejected(Path(read.path), str(error))
 
 
-def _embed(bundle: Bundle, decoded: list[tuple[_Read, NDArray[np.uint8], bytes]]) -> list[StoredItem]:
+def _embed(bundle: Bundle, decoded: list[tuple[Example, NDArray[np.uint8], bytes]]) -> list[StoredItem]:
     if not decoded:
         return []
     embeddings = bundle.encoder.embed(np.stack([pixels for _, pixels, _ in decoded]))
@@ -136,5 +137,6 @@ def _embed(bundle: Bundle, decoded: list[tuple[_Read, NDArray[np.uint8], bytes]]
     ]
 
 
-def _same_bytes(path: str, label: str, again: _Read) -> str:
+def same_bytes(path: str, label: str, again: Example) -> str:
+    """Why an image is left out whose bytes came before, from `path` and under `label`."""
     return f"the same bytes as {path}" + ("" if label == again.label else f", which is labelled {label!r}")

@@ -13,6 +13,7 @@ __all__ = [
     "ImageError",
     "QuotaError",
     "RecipeError",
+    "ServiceError",
     "StoreBusyError",
     "StoreError",
     "TrainingStopped",
@@ -55,6 +56,22 @@ class StoreBusyError(StoreError):
 
 class QuotaError(DataError):
     """A class would have more enrolled items than it may."""
+
+
+class ServiceError(CoterieError):
+    """A running service refuses, fails or cannot be reached.
+
+    Args:
+        status: of its answer, None without one.
+        code: of its error, such as `invalid_image`.
+        index: of the image it is about, if it is about one.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, code: str | None = None, index: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.index = status, code, index
 
 
 class TrainingStopped(CoterieError):  # noqa: N818 - neither a mistake

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.changes import Edit, GalleryStore, KeptItem, StoredItem
+from coterie.changes import Edit, GalleryStore, KeptItem, Receipt, StoredItem
 from coterie.errors import CoterieWarning, DataError, StoreError
 from coterie.items import GalleryItems, item_id, matrix_column
 from coterie.labels import check_label
@@ -28,7 +28,7 @@ logger = logging.getLogger("coterie.gallery")
 
 # A new foundation is laid when so many rows were added or removed, and this share of the old one. Up to there they
 # cost a search a tenth of what the foundation does.
-MANY_CHANGES, LARGE_SHARE = 2000, 0.05
+MANY_CHANGES, LARGE_SHARE = 2000, 0.1
 
 
 class Gallery:
@@ -94,10 +94,16 @@ class Gallery:
         """The nearest items now; see `Snapshot.search`."""
         return self.snapshot().search(embeddings, k, labels=labels, metadata=metadata)
 
-    def add(self, items: Sequence[StoredItem]) -> None:
+    def add(self, items: Sequence[StoredItem], receipt: Receipt | None = None) -> Receipt | None:
         """Enrol `items`; they are durable, and part of the next snapshot, when this returns.
 
         An item is what its id stands for, an image. One that is in the gallery already gets the new label and metadata.
+
+        Args:
+            receipt: kept with the items. If there is one of the same key already, nothing is added.
+
+        Returns:
+            The receipt that is kept: `receipt`, or the older one.
 
         Raises:
             DataError: a label cannot name a class, metadata is not JSON, or an original is not the image of its id.
@@ -109,7 +115,7 @@ class Gallery:
             check_unit_vectors(item.embedding[None], self._base.items.dim)
             if item.original is not None and item_id(item.original) != item.id:
                 raise DataError(f"item {item.id} has an original whose id is {item_id(item.original)}")
-        self._changeable().add(items)
+        return self._changeable().add(items, receipt)
 
     def edit(self, identifier: str, *, label: str | None = None, metadata: dict[str, Any] | None = None) -> None:
         """Give an item, the bundle's own or an enrolled one, another label or other metadata.
@@ -152,6 +158,22 @@ class Gallery:
             StoreError: the image is gone or damaged.
         """
         return self._store.original(identifier) if self._store else None
+
+    def receipt(self, key: str) -> Receipt | None:
+        """The receipt of what was enrolled under this key, if it is not too long ago.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        return self._store.receipt(key) if self._store else None
+
+    def enrolled_counts(self) -> dict[str, int]:
+        """How many enrolled items each class has that has any."""
+        return self._store.enrolled_counts() if self._store else {}
+
+    def is_enrolled(self, identifier: str) -> bool:
+        """Whether the item is an enrolled one, or one of the bundle's that was enrolled once more."""
+        return self._store is not None and self._store.is_enrolled(identifier)
 
     def enrolled_ids(self) -> frozenset[str]:
         """The items that came after the bundle was made, or were enrolled once more."""

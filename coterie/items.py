@@ -16,8 +16,9 @@ from coterie.changes import StoredItem
 from coterie.errors import BundleError, DataError
 from coterie.ranking import check_unit_vectors
 
-__all__ = ["Column", "GalleryItems", "Items", "item_id", "matrix_column", "products"]
+__all__ = ["ID_DIGITS", "Column", "GalleryItems", "Items", "item_id", "matrix_column", "products"]
 
+ID_DIGITS = 24
 Entry_co = TypeVar("Entry_co", covariant=True)
 
 
@@ -65,8 +66,8 @@ class Items(Protocol):
 
 
 def item_id(content: bytes) -> str:
-    """The gallery id of an image: the first 24 hexadecimal digits of its bytes' sha256."""
-    return hashlib.sha256(content).hexdigest()[:24]
+    """The gallery id of an image: the first `ID_DIGITS` hexadecimal digits of its bytes' sha256."""
+    return hashlib.sha256(content).hexdigest()[:ID_DIGITS]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ __all__ = ["Gaps", "GrowingRows", "LayeredIndex"]
 
 # Fetched from the lower layer beyond k, in case that some are removed; if too few are left, four times as many.
 SPARE = 16
+# More than the two layers' ways of multiplying differ by.
+CLOSE = 1e-5
 
 
 class GrowingRows:
@@ -108,10 +110,14 @@ class LayeredIndex:
             queries = check_unit_vectors(queries, self._upper.shape[1])
             above = queries @ self._upper.T
             above[:, self._gaps.dead[self._below :] - len(self._lower)] = -np.inf
-            where = np.broadcast_to(len(self._lower) + np.arange(len(self._upper)), above.shape)
+            wanted, where = min(k, len(self)), len(self._lower) + np.arange(len(self._upper))
+            if similarities.shape[1] == wanted:
+                # Few are as near as the last that the lower layer has found, and the others need no order.
+                near = (above >= similarities[:, -1:] - CLOSE).any(axis=0)
+                above, where = above[:, near], where[near]
             similarities = np.concatenate([similarities, above], axis=1)
-            places = np.concatenate([places, where], axis=1)
-            similarities, places = best(similarities, places, min(k, len(self)))
+            places = np.concatenate([places, np.broadcast_to(where, above.shape)], axis=1)
+            similarities, places = best(similarities, places, wanted)
         return similarities, self._gaps.rows(places)
 
     def _search_lower(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

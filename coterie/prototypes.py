@@ -23,7 +23,10 @@ FEWEST_MEMBERS = 3
 ROUNDS = 20
 FOLDS = 5
 # So many members, evenly chosen, tell how many prototypes are worthwhile, and about where.
-MOST_COMPARED = 500
+MOST_COMPARED = 128
+# Below this elongation another prototype is not tried. Of 525 mixed clouds of 8 to 128 members in 8 to 128 dimensions
+# that a second prototype served, the least elongated had 0.11 and all but three more than 0.15.
+ROUND = 0.15
 
 
 def gaps(similarities: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -51,12 +54,7 @@ def place(
         least: how many prototypes the class is known to need; it gets them if its members suffice.
     """
     some = members[:: -(-len(members) // MOST_COMPARED)]
-    chosen, shortest = least, math.inf
-    for count, typical in enumerate(_typical_gaps(some, unseen), 1):
-        if count > least and typical >= WORTHWHILE * shortest:
-            break
-        chosen, shortest = max(count, least), typical
-    *_, placed = islice(_growing(some), chosen)
+    *_, placed = islice(_growing(some), _worthwhile(some, unseen, least))
     owners = nearest_prototypes(members, placed)
     return np.stack([prototype(members[owners == row]) if row in owners else placed[row] for row in range(len(placed))])
 
@@ -66,10 +64,37 @@ def nearest_prototypes(vectors: NDArray[np.float32], prototypes: NDArray[np.floa
     return np.asarray((vectors @ prototypes.T).argmax(axis=1))
 
 
+def _worthwhile(members: NDArray[np.float32], unseen: NDArray[np.float32] | None, least: int) -> int:
+    """How many prototypes are worth having, from `least` on."""
+    if unseen is None or not len(unseen):
+        if least == 1 and _elongation(members) < ROUND:
+            return 1
+        unseen = None
+    chosen, shortest = least, math.inf
+    for count, typical in enumerate(_typical_gaps(members, unseen), 1):
+        if count > least and typical >= WORTHWHILE * shortest:
+            break
+        chosen, shortest = max(count, least), typical
+    return chosen
+
+
+def _elongation(members: NDArray[np.float32]) -> float:
+    """How much the members' directions from their middle share an axis: 1 on a line, about 1.5/d in a round cloud.
+
+    An upper bound of the largest eigenvalue λ of the directions' second moment. Two prototypes lie on a line through
+    the middle, which brings no member nearer than its distance from that line: with cosines c to the axis the typical
+    gap falls to exp(mean log(1 − c²)) at best, and the mean of c² is at most λ.
+    """
+    offsets = members - members.mean(axis=0)
+    directions = offsets / np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-9)
+    moment = directions @ directions.T / len(members)  # (m, m), with the eigenvalues of the (d, d) one
+    return float(np.sqrt(np.linalg.norm(moment @ moment)))  # (Σ λ⁴)^¼
+
+
 def _typical_gaps(members: NDArray[np.float32], unseen: NDArray[np.float32] | None) -> Iterator[float]:
     """The geometric mean gap of unseen members to the nearest of one prototype, of two, …"""
     folds = np.arange(len(members)) % FOLDS
-    if unseen is not None and len(unseen):
+    if unseen is not None:
         parts = [(members, unseen)]
     elif len(members) > 1:
         parts = [(members[folds != fold], members[folds == fold]) for fold in range(min(FOLDS, len(members)))]

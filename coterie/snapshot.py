@@ -17,8 +17,8 @@ from coterie.nearest import nearest_of
 
 __all__ = ["Index", "Neighbor", "Snapshot", "join_clusters", "place_class"]
 
-# So many of the bundle's items, evenly chosen, tell where a fifth of them begins to half a point.
-STRANGERS = 4096
+# So many of the bundle's items, evenly chosen, tell where a fifth of them begins.
+STRANGERS = 1024
 
 
 class Index(Protocol):
@@ -58,7 +58,7 @@ class Snapshot:
 
     @cached_property
     def index(self) -> Index:
-        return build_index(self.items.embeddings, self.items.labels)
+        return build_index(self.items.embeddings, self.classes)
 
     @cached_property
     def classes(self) -> NDArray[np.int64]:
@@ -165,8 +165,9 @@ def place_class(base: Snapshot, label: str, ids: Sequence[str], members: NDArray
     if label in base.clusters.labels:
         number = base.clusters.labels.index(label)
         embeddings = embeddings[classes != number]
-        rows = np.fromiter((base.rows.get(identifier, -1) for identifier in ids), np.int64, len(ids))
-        kept = np.count_nonzero(base.classes[rows[rows >= 0]] == number)
+        rows = base.rows
+        bundled = np.asarray([rows[identifier] for identifier in ids if identifier in rows], dtype=np.int64)
+        kept = np.count_nonzero(base.classes[bundled] == number)
         if kept == len(ids) == base.clusters.counts[number]:
             return base.clusters.select([number])
         if kept:

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie import receipts
 from coterie import store_schema as schema
 from coterie.backup import back_up
 from coterie.changes import Changes, Edit, KeptItem, Lacking, StoredItem
 from coterie.committer import Committer
 from coterie.errors import CoterieError, DataError, QuotaError, StoreBusyError, StoreError
 from coterie.originals import Originals
+from coterie.receipts import Receipt
 
-__all__ = ["CLASS_QUOTA", "Changes", "Edit", "Store", "StoreOptions", "StoredItem"]
+__all__ = ["CLASS_QUOTA", "Changes", "Edit", "Receipt", "Store", "StoreOptions", "StoredItem"]
 
 CLASS_QUOTA = 10_000
 # Of removed items that the bundle never had, so many ids are kept for other processes to learn of.
@@ -110,16 +112,20 @@ class Store:
         )
         return Changes(sequence, whole, items, frozenset(identifier for (identifier,) in gone))
 
-    def add(self, items: Sequence[StoredItem]) -> None:
+    def add(self, items: Sequence[StoredItem], receipt: Receipt | None = None) -> Receipt | None:
         if not items:
-            return
+            return None
         originals = [
             self._originals.write(item.original) if self._options.originals and item.original is not None else None
             for item in items
         ]
         metadata = [_as_json(item.id, item.metadata) for item in items]
 
-        def change(db: sqlite3.Connection) -> None:
+        def change(db: sqlite3.Connection) -> Receipt | None:
+            if receipt is not None:
+                if known := receipts.find(db, receipt.key):
+                    return known
+                receipts.keep(db, receipt)
             # Whoever sweeps or removes deletes files within a transaction: from here on they stay.
             for item, sha256 in zip(items, originals, strict=True):
                 if sha256 is not None and not self._originals.has(sha256):
@@ -135,13 +141,30 @@ class Store:
             db.executemany("INSERT OR REPLACE INTO thumbnails VALUES (?, ?)", [(i.id, i.thumbnail) for i in items])
             db.executemany("DELETE FROM removed WHERE id = ?", [(item.id,) for item in items])
             self._hold_quota(db, {item.label for item in items})
+            return receipt
 
         try:
-            self._committer.run(change)
+            kept = self._committer.run(change)
         except CoterieError:
             # What was refused must not fill the disk either.
             self._delete_originals([sha256 for sha256 in originals if sha256 is not None], must=False)
             raise
+        if kept is not receipt:
+            self._delete_originals([sha256 for sha256 in originals if sha256 is not None], must=False)
+        return kept
+
+    def receipt(self, key: str) -> Receipt | None:
+        with self._lock:
+            try:
+                return receipts.find(self._reader, key)
+            except sqlite3.Error as error:
+                raise self._error(error, "read") from error
+
+    def enrolled_counts(self) -> dict[str, int]:
+        return dict(self._read("SELECT label, count(*) FROM items WHERE NOT bundled GROUP BY label"))
+
+    def is_enrolled(self, identifier: str) -> bool:
+        return bool(self._read("SELECT 1 FROM items WHERE id = ? AND NOT bundled", (identifier,)))
 
     def edit(self, edits: Sequence[Edit]) -> None:
         if not edits:

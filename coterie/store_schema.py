@@ -4,6 +4,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+from coterie import receipts
+
 __all__ = [
     "ADD_ITEM",
     "CHANGED",
@@ -100,6 +102,7 @@ def prepare(db: sqlite3.Connection, encoder: str) -> int:
             f"it has the format {_format(db)}, and this version reads {FORMAT}: "
             "give another state folder with COTERIE_STATE, or use the version that wrote it"
         )
+    db.executescript(receipts.TABLE)
     _cut_log(db)
     newest = db.execute("SELECT identity, number FROM encoders ORDER BY used DESC LIMIT 1").fetchone()
     if newest is None or newest[0] != encoder:

@@ -6,7 +6,7 @@ Stages are imported inside their functions, so that `coterie --help` does not wa
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -15,6 +15,7 @@ from rich.text import Text
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
 from coterie_cli.evaluate import evaluate
 from coterie_cli.gallery import gallery_app
+from coterie_cli.keys import KeyFile, key_app
 from coterie_cli.options import FORMS, BundlePath, Data, Device, Strict, Threads, console, show_rejected
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(help="Look at, check and publish bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(key_app, name="key")
 
 # What only an extra brings, and serving does without.
 EXTRAS = dict.fromkeys(
@@ -256,14 +258,40 @@ def embed(
 app.command()(evaluate)
 
 
+def _more(variable: str, text: str) -> Any:
+    return typer.Option(envvar=variable, help=text, show_default=False)
+
+
 @app.command()
 def serve(
     bundle: BundlePath,
     port: Port = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     state: Annotated[Path | None, typer.Option(envvar="COTERIE_STATE", help="Where enrolled classes are kept.")] = None,
+    bundles: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="COTERIE_BUNDLES",
+            help="Folder below which POST /v1/bundle may name bundles by path.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    workers: Annotated[int | None, _more("COTERIE_WORKERS", "Processes that serve; in containers one.")] = None,
+    keys: KeyFile = None,
+    hosts: Annotated[list[str] | None, _more("COTERIE_HOSTS", "Further names of this machine.")] = None,
+    cors: Annotated[list[str] | None, _more("COTERIE_CORS", "Origins of pages that browsers let in.")] = None,
+    allow_urls: Annotated[list[str] | None, _more("COTERIE_ALLOW_URLS", "Hosts that images are fetched from.")] = None,
+    max_body: Annotated[int | None, _more("COTERIE_MAX_BODY", "Bytes of a request.")] = None,
+    max_images: Annotated[int | None, _more("COTERIE_MAX_IMAGES", "Images of a request.")] = None,
+    max_pixels: Annotated[int | None, _more("COTERIE_MAX_PIXELS", "Pixels of an image.")] = None,
+    body_seconds: Annotated[int | None, _more("COTERIE_BODY_SECONDS", "For a request to arrive.")] = None,
+    answer_seconds: Annotated[int | None, _more("COTERIE_ANSWER_SECONDS", "For its answer, from then on.")] = None,
+    request_log: Annotated[bool, typer.Option(envvar="COTERIE_REQUEST_LOG", help="A line for each request.")] = True,
+    otel: Annotated[
+        bool | None, typer.Option(envvar="COTERIE_OTEL", help="Trace requests.", show_default=False)
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP; the same service as `bentoml serve`.
 
@@ -271,7 +299,46 @@ def serve(
     """
     from coterie_cli.serve import serve_bundle
 
-    serve_bundle(bundle, host=host, port=port, state=state, device=device, threads=threads)
+    more = {
+        "COTERIE_WORKERS": workers,
+        "COTERIE_KEYS": keys and keys.resolve(),
+        "COTERIE_HOSTS": hosts and " ".join(hosts),
+        "COTERIE_CORS": cors and " ".join(cors),
+        "COTERIE_ALLOW_URLS": allow_urls and " ".join(allow_urls),
+        "COTERIE_MAX_BODY": max_body,
+        "COTERIE_MAX_IMAGES": max_images,
+        "COTERIE_MAX_PIXELS": max_pixels,
+        "COTERIE_BODY_SECONDS": body_seconds,
+        "COTERIE_ANSWER_SECONDS": answer_seconds,
+        "COTERIE_REQUEST_LOG": int(request_log),
+        "COTERIE_OTEL": None if otel is None else int(otel),
+    }
+    serve_bundle(bundle, host=host, port=port, state=state, bundles=bundles, device=device, threads=threads, more=more)
+
+
+@app.command()
+def enroll(
+    data: Annotated[
+        Path,
+        typer.Argument(help=f"Images: {FORMS}; or, with --label, any folder or an image file.", show_default=False),
+    ],
+    url: Annotated[str, typer.Option(help="Address of the service, such as http://127.0.0.1:3000.")],
+    label: Annotated[str | None, typer.Option(help="The class of all of them.", show_default=False)] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="COTERIE_KEY", help="An API key of the service.", show_default=False)
+    ] = None,
+    rejects: Annotated[
+        Path | None,
+        typer.Option(help="Where images left out are listed; else DATA.rejects.csv beside it.", show_default=False),
+    ] = None,
+) -> None:
+    """Enrol images in a running service; the same command again goes on where it was stopped.
+
+    Example: coterie enroll new/boots --url http://127.0.0.1:3000 --label boot
+    """
+    from coterie_cli.enroll import enroll_data
+
+    enroll_data(data, url, key=key, label=label, rejects=rejects)
 
 
 @bundle_app.command("info")

@@ -3,10 +3,13 @@
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError
+from serving.settings import Settings
 
 __all__ = ["check_port", "serve_bundle"]
 
@@ -25,9 +28,20 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve_bundle(
-    bundle: Path, *, host: str, port: int, state: Path | None, device: str = "auto", threads: int | None = None
+    bundle: Path,
+    *,
+    host: str,
+    port: int,
+    state: Path | None,
+    bundles: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Check what can be checked, then become the server process; does not return.
+
+    Args:
+        more: further variables of the environment; None leaves one as it is.
 
     Raises:
         BundleError: the bundle is damaged or none; DeviceError: `device` is none; CoterieError: the address is taken.
@@ -35,10 +49,16 @@ def serve_bundle(
     Bundle.open(bundle, device=device)
     check_port(host, port)
     environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
+    # BentoML reports who serves what, and looks for this before it imports the service.
+    environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
     if state is not None:
         environment["COTERIE_STATE"] = str(state.resolve())
+    if bundles is not None:
+        environment["COTERIE_BUNDLES"] = str(bundles.resolve())
     if threads is not None:
         environment["COTERIE_THREADS"] = str(threads)
+    environment |= {name: str(value) for name, value in more.items() if value is not None}
+    Settings.from_environment(environment)
     sys.stdout.flush()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
     os.execve(sys.executable, command, environment)

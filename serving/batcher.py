@@ -1,162 +1,214 @@
-"""From single images to full batches.
+"""From requests to full batches.
 
-Every item is prepared on its own in a thread pool, so that what waits in the queue can be run; what cannot be prepared
-fails its own request only. A batch leaves the moment a runner is free, filled in order of arrival from small and large
-requests alike; there is no delay, for waiting items gather by themselves while a runner is busy. Knows nothing of HTTP,
-images or encoders.
+A request is one job of one or more rows, ready to be run. A batch leaves the moment a runner is free, filled in order
+of arrival from small and large jobs alike, of which a large one may leave in parts; there is no delay, for waiting rows
+gather by themselves while a runner is busy. Knows nothing of HTTP, images or encoders.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from serving.errors import OverloadedError
+from serving.observer import Observer
 
-__all__ = ["Batcher", "ItemError"]
+__all__ = ["Batcher", "Outcome", "Part"]
 
-Item = TypeVar("Item")
-Prepared = TypeVar("Prepared")
+Row = TypeVar("Row")
+Context = TypeVar("Context")
 Result = TypeVar("Result")
-
-
-class ItemError(Exception):
-    """One item of a request failed, and the request with it; its `__cause__` is what was raised."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"item {index} failed")
-        self.index = index
+Results = Sequence[Result | Exception]
 
 
 @dataclass(eq=False, slots=True)
-class _Job(Generic[Prepared, Result]):
-    """One prepared item and the future of its result; a cancelled future is a client that left."""
+class Part(Generic[Row, Context]):
+    """Rows of one job that are in a batch together, with what the job said about them."""
 
-    value: Prepared
-    result: "asyncio.Future[Result]"
+    rows: Sequence[Row]
+    context: Context
 
 
-class Batcher(Generic[Item, Prepared, Result]):
-    """Runs items of many requests together.
-
-    Args:
-        prepare: makes one item ready; called in a pool of `threads` threads.
-        run: takes 1 to `max_batch` prepared items and returns as many results in their order, where an exception
-            stands for the failure of its item; called in a pool of `runners` threads. If it raises, the batch is
-            halved until the failure is that of one item.
-        capacity: how many items may be under way, from arrival to answer.
+@dataclass(eq=False, slots=True)
+class Outcome(Generic[Result]):
+    """A job's results, one for each row, where an exception stands for the failure of its row.
 
     Attributes:
-        under_way: items between arrival and answer.
+        waited: seconds that its last row was in the queue.
+    """
+
+    results: Results[Result]
+    waited: float
+
+
+@dataclass(eq=False, slots=True)
+class _Job(Generic[Row, Context, Result]):
+    """Rows that have not left yet, how many parts are out, and the results of those that are back.
+
+    A cancelled future is a client that left.
+    """
+
+    rows: Sequence[Row]
+    context: Context
+    done: "asyncio.Future[None]"
+    since: float
+    waited: float = 0.0
+    out: int = 0
+    results: list[Results[Result]] = field(default_factory=list)
+
+    def take(self, most: int) -> Part[Row, Context]:
+        rows = self.rows
+        taken, self.rows = (rows, rows[:0]) if len(rows) <= most else (rows[:most], rows[most:])
+        self.results.append(())
+        self.out += 1
+        return Part(taken, self.context)
+
+    def put(self, place: int, results: Results[Result]) -> None:
+        self.results[place] = results
+        self.out -= 1
+        if not self.out and not len(self.rows) and not self.done.done():
+            self.done.set_result(None)
+
+
+class Batcher(Generic[Row, Context, Result]):
+    """Runs rows of many jobs together.
+
+    Args:
+        run: takes parts of 1 to `max_batch` rows in all, and returns for each part as many results, in their order,
+            where an exception stands for the failure of its row; called in a pool of `runners` threads. If it raises,
+            the batch is halved until the failure is that of one row.
+        capacity: how many rows may be under way, from arrival to answer.
+        observer: is told how long rows waited for a runner.
+
+    Attributes:
+        under_way: rows between arrival and answer.
     """
 
     def __init__(
         self,
-        prepare: Callable[[Item], Prepared],
-        run: Callable[[list[Prepared]], Sequence[Result | Exception]],
+        run: Callable[[list[Part[Row, Context]]], list[Results[Result]]],
         *,
         max_batch: int,
         capacity: int,
-        threads: int,
         runners: int = 1,
+        observer: Observer = Observer(),
     ) -> None:
-        self._prepare, self._run = prepare, run
+        self._run, self._observer = run, observer
         self.max_batch, self.capacity = max_batch, capacity
-        self._preparers = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._runners = ThreadPoolExecutor(runners, thread_name_prefix="run")
         self._free = runners
-        self._queue: deque[_Job[Prepared, Result]] = deque()
+        self._queue: deque[_Job[Row, Context, Result]] = deque()
         self.under_way = 0
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Prepare and run the items of one request; results in their order.
-
-        Cancelling the call takes what has not yet left out of the queue.
+    @contextmanager
+    def room_for(self, rows: int) -> Iterator[None]:
+        """Keep room for so many rows, from their arrival until they are answered.
 
         Raises:
-            OverloadedError: more items would be under way than there is capacity for.
-            ItemError: the first that failed, named by its index.
+            OverloadedError: more would be under way than there is capacity for.
         """
-        if self.under_way + len(items) > self.capacity:
+        if self.under_way + rows > self.capacity:
             raise OverloadedError("too many images are waiting: try again in a moment", headers={"Retry-After": "1"})
-        self.under_way += len(items)
+        self.under_way += rows
         try:
-            loop = asyncio.get_running_loop()
-            prepared = await _all(loop.run_in_executor(self._preparers, self._prepare, item) for item in items)
-            jobs = [_Job(value, loop.create_future()) for value in prepared]
-            self._queue.extend(jobs)
-            self._dispatch()
-            return await _all(job.result for job in jobs)
+            yield
         finally:
-            self.under_way -= len(items)
+            self.under_way -= rows
+
+    async def submit(self, rows: Sequence[Row], context: Context) -> Outcome[Result]:
+        """Run the rows of one job, at least one, that can be cut by slices.
+
+        Cancelling the call takes what has not yet left out of the queue.
+        """
+        job = _Job[Row, Context, Result](rows, context, asyncio.get_running_loop().create_future(), time.perf_counter())
+        self._queue.append(job)
+        self._dispatch()
+        await job.done
+        parts = job.results
+        return Outcome(parts[0] if len(parts) == 1 else [result for part in parts for result in part], job.waited)
 
     @property
     def waiting(self) -> int:
-        """Items that are prepared and wait for a runner."""
-        return len(self._queue)
+        """Rows that wait for a runner."""
+        return sum(len(job.rows) for job in self._queue if not job.done.done())
 
     def close(self) -> None:
         """Let go of the threads; nothing may be submitted afterwards."""
-        self._preparers.shutdown(wait=False, cancel_futures=True)
         self._runners.shutdown(wait=False, cancel_futures=True)
 
     def _dispatch(self) -> None:
         while self._free and (batch := self._next_batch()):
             self._free -= 1
             outcome = asyncio.get_running_loop().run_in_executor(
-                self._runners, self._run_apart, [job.value for job in batch]
+                self._runners, self._run_apart, [part for _, _, part in batch]
             )
-            outcome.add_done_callback(lambda done, batch=batch: self._deliver(batch, done))  # type: ignore[misc]
+            places = [(job, place) for job, place, _ in batch]
+            outcome.add_done_callback(lambda done, places=places: self._deliver(places, done))  # type: ignore[misc]
 
-    def _next_batch(self) -> list[_Job[Prepared, Result]]:
-        batch: list[_Job[Prepared, Result]] = []
-        while self._queue and len(batch) < self.max_batch:
-            job = self._queue.popleft()
-            if not job.result.done():
-                batch.append(job)
+    def _next_batch(self) -> list[tuple[_Job[Row, Context, Result], int, Part[Row, Context]]]:
+        """Parts for one batch, each with its job and its place among the job's results."""
+        batch, room, now = [], self.max_batch, time.perf_counter()
+        while self._queue and room:
+            job = self._queue[0]
+            if not job.done.done():
+                part = job.take(room)
+                batch.append((job, len(job.results) - 1, part))
+                room -= len(part.rows)
+                job.waited = now - job.since
+                self._observer.waited(len(part.rows), job.waited)
+                if len(job.rows):
+                    break
+            self._queue.popleft()
         return batch
 
-    def _run_apart(self, values: list[Prepared]) -> Sequence[Result | Exception]:
-        """Run a batch so that a failure stays with the item that causes it."""
+    def _run_apart(self, parts: list[Part[Row, Context]]) -> list[Results[Result]]:
+        """Run a batch so that a failure stays with the row that causes it."""
         try:
-            results = self._run(values)
-            if len(results) != len(values):
-                raise RuntimeError(f"{len(values)} items went in and {len(results)} results came out")
+            results = self._run(parts)
+            came, went = [len(found) for found in results], [len(part.rows) for part in parts]
+            if came != went:
+                raise RuntimeError(f"{went} rows went in and {came} results came out")
             return results
         except Exception as error:
-            if len(values) == 1:
-                return [error]
-            half = len(values) // 2
-            return [*self._run_apart(values[:half]), *self._run_apart(values[half:])]
+            count = sum(len(part.rows) for part in parts)
+            if count == 1:
+                return [[error]]
+            first, second = _halves(parts, count // 2)
+            before, after = self._run_apart(first), self._run_apart(second)
+            if len(before) + len(after) > len(parts):
+                return [*before[:-1], [*before[-1], *after[0]], *after[1:]]
+            return before + after
 
     def _deliver(
-        self, batch: list[_Job[Prepared, Result]], outcome: "asyncio.Future[Sequence[Result | Exception]]"
+        self,
+        places: list[tuple[_Job[Row, Context, Result], int]],
+        outcome: "asyncio.Future[list[Results[Result]]]",
     ) -> None:
         self._free += 1
         try:
-            results = outcome.result()
+            found = outcome.result()
         except BaseException:  # the pool was closed, or its thread told to stop
-            for job in batch:
-                job.result.cancel()
+            for job, _ in places:
+                job.done.cancel()
             return
-        for job, result in zip(batch, results, strict=True):
-            if job.result.done():
-                continue
-            if isinstance(result, Exception):
-                job.result.set_exception(result)
-            else:
-                job.result.set_result(result)
+        for (job, place), results in zip(places, found, strict=True):
+            job.put(place, results)
         self._dispatch()
 
 
-async def _all(futures: Iterable["asyncio.Future[Any]"]) -> list[Any]:
-    """Await all futures; the first in order that failed is raised as `ItemError`."""
-    results = await asyncio.gather(*futures, return_exceptions=True)
-    for index, result in enumerate(results):
-        if isinstance(result, asyncio.CancelledError):  # by `close`; a cancelled caller does not come this far
-            raise result
-        if isinstance(result, Exception):
-            raise ItemError(index) from result
-    return results
+def _halves(parts: list[Part[Row, Context]], count: int) -> tuple[list[Part[Row, Context]], list[Part[Row, Context]]]:
+    """The first `count` rows of a batch and the others; the part on the border is cut in two."""
+    first: list[Part[Row, Context]] = []
+    for number, part in enumerate(parts):
+        if count < len(part.rows):
+            if not count:
+                return first, parts[number:]
+            rest = Part(part.rows[count:], part.context)
+            return [*first, Part(part.rows[:count], part.context)], [rest, *parts[number + 1 :]]
+        first.append(part)
+        count -= len(part.rows)
+    return first, []

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import schemas
 from serving.errors import RequestError, problem
+from serving.served import Served
 
 __all__ = ["Envelope", "on_error", "on_http_exception"]
 
@@ -20,7 +21,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Envelope:
-    """What every answer has in common: the bundle's id, and JSON even where our own code failed."""
+    """What every answer has in common: one engine from the first to the last byte, its bundle's id, and JSON even where
+    our own code failed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,7 +32,9 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = False
-        bundle_id: str = scope["app"].state.engine.manifest.id
+        served: Served = scope["app"].state.served
+        engine = scope["coterie.engine"] = served.take()
+        bundle_id = engine.manifest.id
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
@@ -47,28 +51,33 @@ class Envelope:
             logger.exception("a request to %s failed", scope["path"])
             if started:
                 raise
-            await _error_response(error)(scope, receive, send_with_headers)
+            await _error_response(scope, error)(scope, receive, send_with_headers)
+        finally:
+            served.give_back(engine)
 
 
-async def on_error(_: Request, error: Exception) -> Response:
-    return _error_response(error)
+async def on_error(request: Request, error: Exception) -> Response:
+    return _error_response(request.scope, error)
 
 
-async def on_http_exception(_: Request, error: Exception) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return _error(404, error.detail, "invalid_request_error", None, "unknown_route", error.headers)
-    return _error(error.status_code, error.detail, "invalid_request_error", None, "method_not_allowed", error.headers)
+    code = "unknown_route" if error.status_code == 404 else "method_not_allowed"
+    entry = schemas.ErrorEntry(message=error.detail, type="invalid_request_error", code=code)
+    return _error(request.scope, error.status_code, entry, error.headers)
 
 
-def _error_response(error: Exception) -> Response:
+def _error_response(scope: Scope, error: Exception) -> Response:
     kind = problem(error)
     if isinstance(error, RequestError):
-        return _error(kind.status, str(error), kind.type, error.param, kind.code, error.headers)
+        entry = schemas.ErrorEntry(message=str(error), type=kind.type, param=error.param, code=kind.code)
+        return _error(scope, kind.status, entry, error.headers)
     headers = None if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
-    return _error(kind.status, kind.message, kind.type, None, kind.code, headers)
+    entry = schemas.ErrorEntry(message=kind.message, type=kind.type, code=kind.code)
+    return _error(scope, kind.status, entry, headers)
 
 
-def _error(status: int, message: str, type_: str, param: str | None, code: str, headers: Any) -> Response:
-    entry = schemas.ErrorEntry(message=message, type=type_, param=param, code=code)
+def _error(scope: Scope, status: int, entry: schemas.ErrorEntry, headers: Any) -> Response:
+    # For whoever keeps a log.
+    scope.setdefault("state", {})["error"] = entry.code
     return Response(to_json(schemas.ErrorAnswer(error=entry)), status, headers, media_type="application/json")

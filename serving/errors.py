@@ -11,15 +11,24 @@ from coterie.errors import CoterieError, StoreBusyError, StoreError
 
 __all__ = [
     "BadRequestError",
+    "BundleRefusedError",
+    "ConflictError",
     "EncoderError",
+    "ForbiddenError",
+    "HeadersTooLargeError",
     "NotFoundError",
     "OverloadedError",
     "Problem",
     "RejectedImageError",
     "RequestError",
+    "ReusedKeyError",
+    "SlowBodyError",
     "TimedOutError",
     "TooLargeError",
+    "TooLongError",
+    "UnauthorizedError",
     "UnsupportedBodyError",
+    "WrongTensorError",
     "problem",
 ]
 
@@ -43,8 +52,43 @@ class BadRequestError(RequestError):
     """The request does not have the form that the route asks for."""
 
 
+class UnauthorizedError(RequestError):
+    """The route asks for a key, and there is none or no valid one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="authorization", headers={"WWW-Authenticate": "Bearer"})
+
+
+class ForbiddenError(RequestError):
+    """Who asks may not do this."""
+
+
+class SlowBodyError(RequestError):
+    """The body did not arrive in time."""
+
+
+class TooLongError(RequestError):
+    """The path and query are longer than any that means something here."""
+
+
+class HeadersTooLargeError(RequestError):
+    """The header lines are larger than any that mean something here."""
+
+
 class NotFoundError(RequestError):
     """There is no such thing here."""
+
+
+class ConflictError(RequestError):
+    """What is asked for does not go with how things are: a class is full, a bundle is being loaded."""
+
+
+class ReusedKeyError(RequestError):
+    """An Idempotency-Key that stands for another request."""
+
+
+class BundleRefusedError(RequestError):
+    """A bundle that cannot take the place of the one that is served."""
 
 
 class TooLargeError(RequestError):
@@ -61,6 +105,10 @@ class RejectedImageError(RequestError):
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"image {index}: {reason}", param=f"input[{index}]")
         self.index = index
+
+
+class WrongTensorError(RequestError):
+    """An array that does not hold images of the encoder's size."""
 
 
 class OverloadedError(RequestError):
@@ -92,16 +140,27 @@ class Problem:
 
 PROBLEMS: dict[type[Exception], Problem] = {
     BadRequestError: Problem(400, "invalid_request_error", "bad_request"),
+    UnauthorizedError: Problem(401, "authentication_error", "unauthorized"),
+    ForbiddenError: Problem(403, "permission_error", "forbidden"),
+    SlowBodyError: Problem(408, "invalid_request_error", "slow_body"),
+    TooLongError: Problem(414, "invalid_request_error", "uri_too_long"),
+    HeadersTooLargeError: Problem(431, "invalid_request_error", "headers_too_large"),
     NotFoundError: Problem(404, "invalid_request_error", "not_found"),
+    ConflictError: Problem(409, "invalid_request_error", "conflict"),
+    ReusedKeyError: Problem(422, "invalid_request_error", "idempotency_key_reused"),
+    BundleRefusedError: Problem(422, "invalid_request_error", "bundle_refused"),
     TooLargeError: Problem(413, "invalid_request_error", "too_large"),
     UnsupportedBodyError: Problem(415, "invalid_request_error", "unsupported_body"),
     RejectedImageError: Problem(422, "invalid_request_error", "invalid_image"),
+    WrongTensorError: Problem(422, "invalid_request_error", "invalid_tensor"),
     OverloadedError: Problem(429, "rate_limit_error", "overloaded"),
     EncoderError: Problem(503, "server_error", "encoder_failed"),
     StoreBusyError: Problem(
         503, "server_error", "gallery_busy", "the gallery is being changed by another process: try again", 1
     ),
-    StoreError: Problem(503, "server_error", "gallery_unavailable", "the gallery cannot be read at the moment"),
+    StoreError: Problem(
+        503, "server_error", "gallery_unavailable", "the gallery cannot be read or changed at the moment"
+    ),
     TimedOutError: Problem(504, "server_error", "timed_out"),
     Exception: Problem(500, "server_error", "internal_error"),
 }

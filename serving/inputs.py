@@ -1,33 +1,47 @@
 """The images of a request, in the order sent, from whichever kind of body they came in.
 
 A raw body is one image whatever its header says, for the bytes decide; a multipart form brings a file for each image;
-JSON brings data URIs or base64 strings. Nothing is decoded to pixels here, and no URL is ever fetched.
+JSON brings data URIs, base64 strings or, from hosts that are allowed, URLs; an npy array brings pixels of the encoder's
+size. Nothing is decoded to pixels here.
 """
 
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from serving.errors import BadRequestError, RejectedImageError, UnsupportedBodyError
-from serving.limits import RequestLimits, check_count, read_body
-from serving.schemas import ClassifyBody, first_complaint
+from serving.fetch import FetchError
+from serving.limits import LARGE_BODY, RequestLimits, check_count, read_body
+from serving.schemas import ImagesBody, first_complaint
+from serving.tensors import NPY, read_pixels
 
-__all__ = ["read_images"]
+__all__ = ["Sent", "from_strings", "read_images", "read_sent"]
 
-Body = TypeVar("Body", bound=ClassifyBody)
+Body = TypeVar("Body", bound=ImagesBody)
 Result = TypeVar("Result")
+
+# The images of a request as they were sent; an error stands for one that is refused already.
+Sent = list[bytes | RejectedImageError] | NDArray[np.uint8]
 
 # What is sent for a plain file: nothing at all, or what curl's --data-binary says by itself.
 RAW_TYPES = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
-# Parsing less than this on the event loop takes under a millisecond, and a thread's hop a tenth of one.
-LARGE_BODY = 2**20
+
+
+@dataclass(frozen=True)
+class _Url:
+    """A string that is the address of an image."""
+
+    address: str
 
 
 async def read_images(request: Request, limits: RequestLimits, schema: type[Body]) -> tuple[list[bytes], Body | None]:
@@ -39,23 +53,46 @@ async def read_images(request: Request, limits: RequestLimits, schema: type[Body
         UnsupportedBodyError: a content type that no image comes in.
         RejectedImageError: a string is neither a data URI nor base64.
     """
+    sent, body = await read_sent(request, limits, schema)
+    for image in sent:
+        if isinstance(image, RejectedImageError):
+            raise image
+    return sent, body  # type: ignore[return-value]
+
+
+async def read_sent(
+    request: Request, limits: RequestLimits, schema: type[Body], *, size: tuple[int, int] | None = None
+) -> tuple[Sent, Body | None]:
+    """As `read_images`, but with an error in the place of each string that is no image.
+
+    Args:
+        size: height and width of the arrays that are taken, too, as uint8 (n, height, width, 3); None for none.
+
+    Raises:
+        WrongTensorError: an array does not hold images of that size.
+        and what `read_images` raises but the last.
+    """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    known = media_type in RAW_TYPES or media_type.startswith("image/")
-    if not known and media_type not in ("multipart/form-data", "application/json"):
+    raw = media_type in RAW_TYPES or media_type.startswith("image/")
+    if not raw and media_type not in ("multipart/form-data", "application/json", NPY if size else ""):
         raise UnsupportedBodyError(
-            f"images come as image/*, multipart/form-data or application/json, not {media_type[:100]}",
+            f"images come as image/*, multipart/form-data{f', {NPY}' if size else ''} or application/json, "
+            f"not {media_type[:100]}",
             param="content-type",
         )
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
     body = await read_body(request, limits)
     if media_type == "application/json":
-        return await _off_loop(body, lambda: _from_json(body, schema, limits))
+        images, parsed = await _off_loop(body, lambda: _from_json(body, schema, limits))
+        return await _fetched(images, limits), parsed
     if media_type == "multipart/form-data":
-        return await _off_loop(body, lambda: _from_form(body, content_type, limits)), None
+        return await _off_loop(body, lambda: list(_from_form(body, content_type, limits))), None
     if not body:
         raise BadRequestError("the body is empty: send an image")
+    if media_type == NPY and size:
+        return read_pixels(body, size, limits), None
     return [body], None
 
 
@@ -63,7 +100,37 @@ async def _off_loop(body: bytes, parse: Callable[[], Result]) -> Result:
     return parse() if len(body) < LARGE_BODY else await asyncio.to_thread(parse)
 
 
-def _from_json(body: bytes, schema: type[Body], limits: RequestLimits) -> tuple[list[bytes], Body]:
+async def from_strings(strings: Sequence[str], limits: RequestLimits) -> list[bytes | RejectedImageError]:
+    """The encoded images in data URIs, base64 strings or URLs, with an error in the place of each that is none."""
+    large = sum(map(len, strings)) >= LARGE_BODY
+    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings), limits)
+
+
+async def _fetched(
+    images: Sequence[bytes | RejectedImageError | _Url], limits: RequestLimits
+) -> list[bytes | RejectedImageError]:
+    """Images with those of an address fetched, where that is allowed."""
+    addresses = {index: image.address for index, image in enumerate(images) if isinstance(image, _Url)}
+    if not addresses:
+        return images  # type: ignore[return-value]
+    if limits.fetcher is None:
+        reason = FetchError("URLs are not fetched: send the image itself, as a data URI or base64")
+        found: list[bytes | FetchError] = [reason] * len(addresses)
+    else:
+        found = await limits.fetcher.fetch_all(list(addresses.values()))
+    merged = list(images)
+    for index, image in zip(addresses, found, strict=True):
+        merged[index] = RejectedImageError(index, str(image)) if isinstance(image, FetchError) else image
+    return merged  # type: ignore[return-value]
+
+
+def _decoded(strings: Sequence[str]) -> list[bytes | RejectedImageError | _Url]:
+    return [_from_text(index, text) for index, text in enumerate(strings)]
+
+
+def _from_json(
+    body: bytes, schema: type[Body], limits: RequestLimits
+) -> tuple[list[bytes | RejectedImageError | _Url], Body]:
     try:
         parsed = schema.model_validate_json(body)
     except ValidationError as error:
@@ -73,20 +140,20 @@ def _from_json(body: bytes, schema: type[Body], limits: RequestLimits) -> tuple[
     if not strings:
         raise BadRequestError("input is empty: send at least one image", param="input")
     check_count(len(strings), limits)
-    return [_from_text(index, text) for index, text in enumerate(strings)], parsed
+    return _decoded(strings), parsed
 
 
-def _from_text(index: int, text: str) -> bytes:
+def _from_text(index: int, text: str) -> bytes | RejectedImageError | _Url:
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
         if not comma or not header.endswith(";base64"):
-            raise RejectedImageError(index, "a data URI reads data:image/png;base64,…")
+            return RejectedImageError(index, "a data URI reads data:image/png;base64,…")
     elif text[:8].lower().startswith(("http://", "https://")):
-        raise RejectedImageError(index, "URLs are not fetched: send the image itself, as a data URI or base64")
+        return _Url(text)
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
-        raise RejectedImageError(index, "neither a data URI nor base64") from error
+    except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
+        return RejectedImageError(index, "neither a data URI nor base64")
 
 
 def _from_form(body: bytes, content_type: str, limits: RequestLimits) -> list[bytes]:

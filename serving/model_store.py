@@ -10,7 +10,7 @@ from coterie.bundle import Bundle
 from coterie.errors import BundleError
 from coterie.files import write_text
 
-__all__ = ["MODEL", "find_bundle", "push"]
+__all__ = ["MODEL", "find_bundle", "push", "stored"]
 
 MODEL = "coterie-bundle"
 SUBFOLDER = "bundle"
@@ -28,13 +28,13 @@ def find_bundle(chosen: Path | None, *, beside: Path = BESIDE) -> Path:
         return chosen
     if beside.exists():
         return beside
-    stored = _stored("latest")
-    if stored is None:
+    pushed = stored("latest")
+    if pushed is None:
         raise BundleError(
             "there is no bundle to serve: make one with `coterie export RUN --gallery DATA --out bundle`, "
             "or name one with COTERIE_BUNDLE"
         )
-    return stored
+    return pushed
 
 
 def push(bundle: Bundle) -> str:
@@ -52,8 +52,8 @@ def push(bundle: Bundle) -> str:
     digits = bundle.manifest.id.removeprefix("sha256:")
     tag = f"{MODEL}:{digits[:VERSION_DIGITS]}"
     try:
-        stored = _stored(digits[:VERSION_DIGITS])
-        if stored is None or not _is_sound(stored):
+        there = stored(digits[:VERSION_DIGITS])
+        if there is None or not _is_sound(there):
             _discard(tag)
             with bentoml.models.create(tag, metadata={"name": bundle.manifest.name, "id": bundle.manifest.id}) as model:
                 shutil.copytree(bundle.path, model.path_of(SUBFOLDER))
@@ -64,7 +64,8 @@ def push(bundle: Bundle) -> str:
     return tag
 
 
-def _stored(version: str) -> Path | None:
+def stored(version: str) -> Path | None:
+    """The bundle directory of a version in BentoML's model store, or of `latest`; None if there is none."""
     # BentoML takes seconds to import, and a service that is told its bundle's path needs no model store.
     import bentoml
     from bentoml.exceptions import BentoMLException

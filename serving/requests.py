@@ -16,15 +16,23 @@ __all__ = ["check_model", "engine_of", "in_time", "query_of"]
 Answer = TypeVar("Answer")
 Query = TypeVar("Query", bound=BaseModel)
 
+# Most answers are out sooner; only then does a task look out for the client's leaving.
+PATIENCE_SECONDS = 0.05
+
 
 def engine_of(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
+    """The engine that was in charge when the request came; `serving.envelope` holds it until the answer is out."""
+    engine: Engine = request.scope["coterie.engine"]
     return engine
 
 
 def query_of(request: Request, schema: type[Query]) -> Query:
+    """The query's values; one that is given more than once is a list."""
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
     try:
-        return schema.model_validate(dict(request.query_params))
+        return schema.model_validate({name: values if values[1:] else values[0] for name, values in given.items()})
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
         raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error
@@ -37,17 +45,30 @@ def check_model(name: str | None, engine: Engine) -> None:
 
 async def in_time(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """Await `work` unless the client leaves or the time is over first; then it is cancelled."""
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    loop = asyncio.get_running_loop()
+    watching: asyncio.Task[None] | None = None
+
+    def watch() -> None:
+        nonlocal watching
+        watching = loop.create_task(_left(request))
+        watching.add_done_callback(lambda done: done.cancelled() or deadline.reschedule(loop.time()))
+
+    patience = loop.call_later(PATIENCE_SECONDS, watch)
     try:
-        await asyncio.wait((task, left), timeout=engine_of(request).limits.seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if left.done():
-            raise ClientDisconnect
-        raise TimedOutError("no answer in time: send fewer images, or try again later", headers={"Retry-After": "1"})
+        async with asyncio.timeout(engine_of(request).limits.seconds) as deadline:
+            return await work
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        if watching is not None and watching.done():
+            raise ClientDisconnect from None
+        raise TimedOutError(
+            "no answer in time: send fewer images, or try again later", headers={"Retry-After": "1"}
+        ) from None
     finally:
-        task.cancel()
-        left.cancel()
+        patience.cancel()
+        if watching is not None:
+            watching.cancel()
 
 
 async def _left(request: Request) -> None:

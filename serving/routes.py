@@ -1,6 +1,7 @@
 """The HTTP application: which path answers what.
 
-`build_app` makes it before there is an engine; whoever starts the service puts one into `app.state.engine`.
+`build_app` makes it before there is an engine; whoever starts the service puts a `Served` into `app.state.served` and,
+for bundles to be swapped, a `Swapper` into `app.state.swapper`.
 """
 
 from pydantic_core import to_json
@@ -10,12 +11,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serving import asking, browsing
+from serving import asking, browsing, changing
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
+from serving.metrics import metrics
 from serving.requests import engine_of
 
 __all__ = ["build_app"]
@@ -35,19 +37,51 @@ ROUTES = (
     Route("/", index),
     Route("/v1/embeddings", asking.embeddings, methods=["POST"]),
     Route("/v1/classify", asking.classify, methods=["POST"]),
+    Route("/v1/search", asking.search, methods=["POST"]),
+    Route("/v1/verify", asking.verify, methods=["POST"]),
     Route("/v1/bundle", browsing.bundle),
+    Route("/v1/bundle", changing.swap, methods=["POST"]),
     Route("/v1/models", browsing.models),
     Route("/v1/classes", browsing.classes),
+    Route("/v1/classes/{label}/examples", changing.enroll, methods=["POST"]),
+    Route("/v1/classes/{label}", changing.forget, methods=["DELETE"]),
+    Route("/v1/gallery", browsing.items),
+    Route("/v1/gallery/{id}", browsing.item),
+    Route("/v1/gallery/{id}", changing.delete_item, methods=["DELETE"]),
     Route("/v1/gallery/{id}/thumbnail", browsing.thumbnail),
+    Route("/metrics", metrics),
 )
+
+ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, None) is route.endpoint}
+
+
+class Direct:
+    """Answers the routes of `ASKING` at once, which spares a busy service a twentieth of its work; and hands all other
+    requests to `app`, which answers the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = ASKING.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        request = Request(scope, receive)
+        try:
+            response: Response = await route.endpoint(request)
+        except RequestError as error:
+            response = await on_error(request, error)
+        await response(scope, receive, send)
 
 
 def build_app() -> Starlette:
-    """The application; it needs `app.state.engine` before its first request."""
+    """The application; it needs `app.state.served` before its first request."""
     return Starlette(
         # Last comes what answers for every path that is none, so that BentoML's plain text never does.
         routes=[*ROUTES, Mount("/", app=_no_such_route)],
-        middleware=[Middleware(Envelope)],
+        middleware=[Middleware(Envelope), Middleware(Direct)],
         exception_handlers={RequestError: on_error, HTTPException: on_http_exception},
     )
 

@@ -1,15 +1,18 @@
 """The service's JSON, in and out."""
 
-from typing import Any, Literal
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
+    "AnswerList",
+    "AskingQuery",
     "ClassEntry",
     "ClassList",
     "ClassScoreEntry",
     "ClassificationEntry",
-    "ClassificationList",
     "ClassifyBody",
     "ClassifyQuery",
     "EmbeddingEntry",
@@ -18,13 +21,24 @@ __all__ = [
     "EmbeddingsQuery",
     "ErrorAnswer",
     "ErrorEntry",
+    "ErrorItem",
+    "ImagesBody",
     "ModelEntry",
     "ModelList",
     "NeighborEntry",
+    "NeighborsEntry",
     "NoQuery",
+    "SearchBody",
+    "SearchQuery",
     "Usage",
+    "VerificationEntry",
+    "VerifyBody",
+    "VerifyQuery",
     "first_complaint",
 ]
+
+
+METADATA = "metadata."
 
 
 def first_complaint(error: ValidationError) -> tuple[str | None, str]:
@@ -42,28 +56,81 @@ class NoQuery(_Request):
     """Query of a route that takes none."""
 
 
-class ClassifyQuery(_Request):
+class AskingQuery(_Request):
+    """Query of every route that asks something about images.
+
+    Attributes:
+        on_error: what an image that cannot be used does: fail the request, or stand in the answer as an error.
+    """
+
+    on_error: Literal["fail", "partial"] = "fail"
+
+    @property
+    def partial(self) -> bool:
+        return self.on_error == "partial"
+
+
+class EmbeddingsQuery(AskingQuery):
+    """Query of /v1/embeddings; base64 is little-endian float32."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class ClassifyQuery(AskingQuery):
     """Query of /v1/classify.
 
     Attributes:
         false_reject: share of known images that may be called unknown; one of those the bundle is calibrated for.
         top: how many classes to list at most.
         neighbors: how many gallery items to list.
+        k: how many gallery items vote; those that the bundle is calibrated with unless given.
     """
 
     false_reject: float = Field(default=0.05, gt=0, lt=1)
     top: int = Field(default=5, ge=0, le=1000)
     neighbors: int = Field(default=5, ge=0, le=1000)
+    k: int | None = Field(default=None, ge=1, le=1000)
 
 
-class EmbeddingsQuery(_Request):
-    """Query of /v1/embeddings, for bodies other than JSON."""
+class _Search(AskingQuery):
+    k: int = Field(default=10, ge=1, le=1000)
+    label: Annotated[list[str], BeforeValidator(lambda one: [one] if isinstance(one, str) else one)] = []
+    metadata: dict[str, Any] = {}
 
-    encoding_format: Literal["float", "base64"] | None = None
+
+class SearchQuery(_Search):
+    """Query of /v1/search.
+
+    Attributes:
+        k: how many gallery items to list.
+        label: only items of these classes; may be repeated.
+        metadata: only items with all these values: `metadata.key=value`, the value as JSON or plain text.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: dict[str, Any]) -> dict[str, Any]:
+        metadata = {name: value for name, value in values.items() if name.startswith(METADATA)}
+        if not metadata:
+            return values
+        rest = {name: value for name, value in values.items() if name not in metadata}
+        return rest | {"metadata": {name.removeprefix(METADATA): _value(value) for name, value in metadata.items()}}
 
 
-class ClassifyBody(_Request):
-    """JSON body of /v1/classify: one or many images as data URIs or base64."""
+class VerifyQuery(AskingQuery):
+    """Query of /v1/verify.
+
+    Attributes:
+        label: the class that every image is held against.
+        false_reject: share of its images that may be refused; one of those the bundle is calibrated for.
+    """
+
+    label: str | None = None
+    false_reject: float = Field(default=0.05, gt=0, lt=1)
+
+
+class ImagesBody(_Request):
+    """JSON body with one or many images as data URIs or base64."""
 
     input: str | list[str]
     model: str | None = None
@@ -72,12 +139,56 @@ class ClassifyBody(_Request):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class EmbeddingsBody(ClassifyBody):
-    """JSON body of /v1/embeddings, as OpenAI's clients send it; base64 is little-endian float32."""
+class EmbeddingsBody(ImagesBody, EmbeddingsQuery):
+    """JSON body of /v1/embeddings, as OpenAI's clients send it."""
 
-    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
+
+
+class ClassifyBody(ImagesBody, ClassifyQuery):
+    """JSON body of /v1/classify; what it says counts more than the query."""
+
+
+class SearchBody(ImagesBody, _Search):
+    """JSON body of /v1/search, likewise; its metadata is an object."""
+
+
+class VerifyBody(ImagesBody, VerifyQuery):
+    """JSON body of /v1/verify, likewise."""
+
+
+def _value(text: str | list[str]) -> Any:
+    """A metadata value of the query: 7, true, null or "7" as JSON has them, anything else as it stands."""
+    if isinstance(text, list):
+        raise ValueError("give each metadata key once")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class ErrorEntry(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorEntry
+
+
+class ErrorItem(BaseModel):
+    """What stands in the place of an image that failed, where the request wants errors so."""
+
+    object: Literal["error"] = "error"
+    index: int
+    error: ErrorEntry
 
 
 class EmbeddingEntry(BaseModel):
@@ -89,13 +200,15 @@ class EmbeddingEntry(BaseModel):
 class Usage(BaseModel):
     """OpenAI's clients expect it; images have no tokens."""
 
+    model_config = ConfigDict(frozen=True)  # else every answer gets a deep copy of it
+
     prompt_tokens: int = 0
     total_tokens: int = 0
 
 
 class EmbeddingList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[EmbeddingEntry]
+    data: list[EmbeddingEntry | ErrorItem]
     model: str
     usage: Usage = Usage()
 
@@ -136,18 +249,47 @@ class ClassificationEntry(BaseModel):
     snapshot: int
 
 
-class ClassificationList(BaseModel):
+class NeighborsEntry(BaseModel):
+    """The gallery items nearest to one image, most similar first."""
+
+    object: Literal["neighbors"] = "neighbors"
+    index: int
+    neighbors: list[NeighborEntry]
+    snapshot: int
+
+
+class VerificationEntry(BaseModel):
+    """Whether one image belongs to the class `label`; `similarity` to it must reach `threshold`."""
+
+    object: Literal["verification"] = "verification"
+    index: int
+    label: str
+    match: bool
+    similarity: float
+    threshold: float
+    calibration: str
+    snapshot: int
+
+
+class AnswerList(BaseModel):
+    """One answer for each image, in the order sent."""
+
     object: Literal["list"] = "list"
     bundle: str
-    data: list[ClassificationEntry]
+    data: Sequence[ClassificationEntry | NeighborsEntry | VerificationEntry | ErrorItem]
 
 
 class ClassEntry(BaseModel):
-    """A class; `radius` is the typical gap, 1 − similarity, of its images to its widest prototype."""
+    """A class; `radius` is the typical gap, 1 − similarity, of its images to its widest prototype.
+
+    Attributes:
+        count, enrolled: its items, and those of them that came after the bundle was made.
+    """
 
     object: Literal["class"] = "class"
     label: str
     count: int
+    enrolled: int
     radius: float
 
 
@@ -167,14 +309,3 @@ class ModelEntry(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelEntry]
-
-
-class ErrorEntry(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorEntry

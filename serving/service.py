@@ -1,23 +1,36 @@
 """The BentoML service: `bentoml serve serving.service:Coterie`, or `bentoml serve` in the project's root.
 
-BentoML starts the workers and answers /healthz, /livez and /readyz; every other path is the application's of
-`serving.routes`, mounted at the root.
+BentoML starts the workers and answers /healthz, /livez and /readyz, and its own clients at /embed and /classify; every
+other path is the application's of `serving.routes`, mounted at the root.
 """
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+# BentoML reports who serves what, and looks for this when it is imported.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
 import bentoml
 
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError, DeviceError
+from serving.access import Access
 from serving.engine import Engine
 from serving.model_store import find_bundle
+from serving.native import NativeMethods
+from serving.pointer import bundle_to_serve, end_older_swap
+from serving.records import Recorder
 from serving.routes import build_app
-from serving.settings import Settings
+from serving.safety import Safety, check_safety, metrics_folder
+from serving.served import Served
+from serving.settings import Settings, traced, worker_count
+from serving.shortcuts import Straight, replace_time_limit
+from serving.swapping import Swapper
 
 __all__ = ["Coterie"]
 
@@ -25,11 +38,20 @@ logger = logging.getLogger("coterie.serving")
 
 app = build_app()
 
-# One span and one log line per request would cost more than a small encoder takes for the image.
-QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
+CHECK_SECONDS = 3
+
+PROBES = ["/healthz", "/livez", "/readyz", "/metrics"]
+# A span for each request would cost more than a small encoder takes for the image, unless somebody wants to see them.
+TRACING: dict[str, Any] = {"excluded_urls": [*PROBES, "/v1/", "/embed", "/classify"]}
+if traced():
+    # OpenTelemetry's own variables say whom spans are sent to, and how many.
+    TRACING = {"excluded_urls": PROBES, "exporter_type": "otlp", "sample_rate": 1.0, "otlp": {"protocol": "http"}}
+
+SWITCH_SECONDS = 0.0005
 
 
 @bentoml.service(
+    workers=worker_count(),
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
     http={"host": "127.0.0.1"},
     # Beyond the application's own limits, and for clients that send their body slowly.
@@ -37,23 +59,54 @@ QUIET = ["/v1/", "/healthz", "/livez", "/readyz"]
     # BentoML's metrics make a time series of every path that anybody asks for.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
-    tracing={"excluded_urls": QUIET},
+    tracing=TRACING,
 )
 @bentoml.asgi_app(app, path="/")
-class Coterie:
+class Coterie(NativeMethods):
     """Supervised contrastive image embeddings and open-set labels."""
 
     def __init__(self) -> None:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
         logging.getLogger("coterie").setLevel(logging.INFO)
+        # A thread that waits for Python's lock gets it after this time; requests and the gallery's upkeep share it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = Settings.from_environment()
-        bundle = Bundle.open(find_bundle(settings.bundle), device=settings.device, threads=settings.threads)
-        self.engine = Engine(bundle, state=settings.state, store=settings.store)
-        app.state.engine = self.engine
+
+        safety = app.state.safety = Safety(settings)
+
+        def open_bundle(path: Path) -> Bundle:
+            return Bundle.open(path, device=settings.device, threads=settings.threads)
+
+        def load(bundle: Bundle) -> Engine:
+            return Engine(
+                bundle,
+                state=settings.state,
+                store=settings.store,
+                limits=settings.limits,
+                observer=safety.measures,
+            )
+
+        configured = open_bundle(find_bundle(settings.bundle))
+        bundle = bundle_to_serve(configured, settings.state, open_bundle)
+        self.served = app.state.served = Served(load(bundle))
+        self.swapper = app.state.swapper = Swapper(
+            self.served,
+            configured.manifest,
+            settings.state,
+            open_bundle=open_bundle,
+            load=load,
+            bundles=settings.bundles,
+        )
+        self.swapper.start()
+        safety.watch(self.served)
+        # What is there now stays. To look through all of it for garbage would hold up every request for 0.1 seconds.
+        gc.collect()
+        gc.freeze()
         logger.info("serving %s (%s)", bundle.manifest.name, bundle.manifest.id)
 
     async def __is_ready__(self) -> bool:
-        return await self.engine.ready()
+        with self.served.held() as engine:
+            return await engine.ready()
 
     @bentoml.on_deployment
     @staticmethod
@@ -65,18 +118,47 @@ class Coterie:
         try:
             settings = Settings.from_environment()
             path = find_bundle(settings.bundle)
-            bundle = Bundle.open(path, device="cpu")
+            configured = Bundle.open(path, device="cpu")
+            end_older_swap(configured, settings.state)
+            bundle = bundle_to_serve(configured, settings.state, lambda other: Bundle.open(other, device="cpu"))
             _try_device(settings.device, bundle)
             bundle.gallery(settings.state, options=settings.store).close()
+            check_safety(settings)
         except (CoterieError, OSError) as error:
             print(f"coterie: {error}", file=sys.stderr)
             sys.exit(CoterieError.exit_code)
         # Whatever is pushed to the model store meanwhile, all workers serve the one that was checked.
         os.environ["COTERIE_BUNDLE"] = str(path)
+        metrics_folder(settings)
+        _look_after_workers()
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        self.engine.close()
+        self.swapper.close()
+        self.served.close()
+        app.state.safety.close()
+
+
+# Around everything, BentoML's own routes too; the first is the outermost.
+Coterie.add_asgi_middleware(
+    Recorder, records=lambda: app.state.safety.records, journal=lambda: app.state.safety.journal
+)
+Coterie.add_asgi_middleware(Access, policy=lambda: app.state.safety.policy)
+Coterie.add_asgi_middleware(Straight, application=app)
+replace_time_limit()
+
+
+def _look_after_workers() -> None:
+    """Have this process see every few seconds whether its workers live; BentoML does every ten, and has no setting."""
+    from circus.controller import Controller
+
+    start = Controller.start
+
+    def start_attentive(controller: Any) -> None:
+        controller.check_delay = min(controller.check_delay, CHECK_SECONDS * 1000)
+        start(controller)
+
+    Controller.start = start_attentive
 
 
 def _try_device(device: str, bundle: Bundle) -> None:

@@ -2,10 +2,12 @@
 
 import io
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -206,3 +208,32 @@ def tiny_run(tiny_run_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> "
 def tiny_run_copy(tiny_run: "Run", tmp_path: Path) -> "Run":
     """A copy of `tiny_run` for a test that changes it."""
     return type(tiny_run)(Path(shutil.copytree(tiny_run.path, tmp_path / "run-copy")))
+
+
+@pytest.fixture
+def service_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Serves a bundle over HTTP in a thread: `service_of(bundle, **options of the engine)` is its URL."""
+    import uvicorn
+
+    from serving.engine import Engine
+    from serving.routes import build_app
+    from serving.served import Served
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running: list[tuple[uvicorn.Server, threading.Thread, Served]] = []
+
+    def start(bundle: Bundle, *, wrap: Callable[[Any], Any] = lambda app: app, **options: Any) -> str:
+        app = build_app()
+        served = app.state.served = Served(Engine(bundle, state=tmp_path / "service", **options))
+        server = uvicorn.Server(uvicorn.Config(wrap(app), lifespan="off", log_level="warning"))
+        listening = socket.create_server(("127.0.0.1", 0))  # takes connections from here on
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((server, thread, served))
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for server, thread, served in running:
+        server.should_exit = True
+        thread.join(20)
+        served.close()

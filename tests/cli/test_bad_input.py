@@ -196,7 +196,8 @@ def test_serving_hands_over_with_the_settings(coterie, tiny_bundle, tmp_path, mo
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", instead_of_exec)
-    settings = ["--state", tmp_path / "state", "--device", "cpu", "--threads", 3]
+    settings = ["--state", tmp_path / "state", "--device", "cpu", "--threads", 3, "--max-images", 9, "--no-request-log"]
+    settings += ["--allow-urls", "a.example", "--allow-urls", "b.example", "--keys", tmp_path / "keys.json"]
     code, _, _ = coterie("serve", tiny_bundle.path, "--port", "39211", *settings)
     assert code == 0
     command, environment = handed[0]
@@ -205,3 +206,8 @@ def test_serving_hands_over_with_the_settings(coterie, tiny_bundle, tmp_path, mo
     assert environment["COTERIE_STATE"] == str((tmp_path / "state").resolve())
     assert environment["COTERIE_DEVICE"] == "cpu"
     assert environment["COTERIE_THREADS"] == "3"
+    assert environment["COTERIE_MAX_IMAGES"] == "9" and environment["COTERIE_REQUEST_LOG"] == "0"
+    assert environment["COTERIE_ALLOW_URLS"] == "a.example b.example"
+    assert environment["COTERIE_KEYS"] == str(tmp_path / "keys.json")
+    assert environment["BENTOML_DO_NOT_TRACK"] == "True"
+    assert "COTERIE_HOSTS" not in environment

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from coterie.calibration import FALSE_REJECT_RATES, MOST_VOTE, _fit_weights, calibrate
+from coterie.calibration import FALSE_REJECT_RATES, calibrate
 from coterie.classifier import Calibration, score
 from coterie.errors import CoterieError
 from coterie.gallery import Snapshot
+from coterie.likelihood import MOST_VOTE, fit_weights
 from coterie.metrics import expected_calibration_error
 from coterie.reference import LabelledVectors
 
@@ -189,7 +190,7 @@ def test_weights_have_the_smallest_loss_there_is() -> None:
             ]
             return each[0] + (np.mean(each[1:]) if len(each) > 1 else 0)
 
-        value, weights = _fit_weights(features, truth)
+        value, weights = fit_weights(features, truth)
         best = minimize(loss, np.ones(m), bounds=[(0, None)] * m, method="L-BFGS-B", options={"ftol": 1e-14})
         assert value == pytest.approx(loss(weights))
         assert value <= best.fun + 1e-6
@@ -200,6 +201,26 @@ def test_weights_have_the_smallest_loss_there_is() -> None:
 def test_neighbours_do_not_outweigh_clusters(snapshot: Snapshot, held_out: Labelled) -> None:
     calibration = calibrate(snapshot, *held_out)
     assert 0 < calibration.vote_weight <= MOST_VOTE * calibration.cluster_weight * (1 + 1e-9)
+
+
+def test_neighbours_weigh_freely_where_clusters_say_little(snapshot_of: MakeSnapshot) -> None:
+    """Classes that are long arcs crossing each other: their middles coincide, their items do not."""
+    rng = np.random.default_rng(15)
+
+    def draw(count: int) -> Labelled:
+        labels = np.repeat(list("abc"), count)
+        angles = rng.uniform(-1.2, 1.2, len(labels))
+        vectors = np.zeros((len(labels), 4))
+        vectors[:, 0] = np.cos(angles)
+        vectors[np.arange(len(labels)), 1 + np.searchsorted(list("abc"), labels)] = np.sin(angles)
+        return vectors.astype(np.float32), labels
+
+    held_out = draw(60)
+    snapshot = snapshot_of(draw(100), held_out)
+    calibration = calibrate(snapshot, *held_out)
+    assert calibration.vote_weight > MOST_VOTE * calibration.cluster_weight
+    queries, truth = draw(200)
+    assert np.mean(np.asarray(snapshot.clusters.labels)[score(queries, snapshot, calibration).best] == truth) > 0.9
 
 
 # What decides on unknown
@@ -213,21 +234,21 @@ def test_what_rejects_is_recorded_with_what_it_was_chosen_by(snapshot: Snapshot,
 
 
 def test_the_nearest_item_decides_alone_where_that_is_clearly_better(snapshot_of: MakeSnapshot) -> None:
-    """Classes that lie along great circles which meet at one pole: their prototypes say little, their items much."""
+    """Dots in the middle of spheres: the middle of a sphere is where its members are not."""
     rng = np.random.default_rng(11)
 
     def draw(count: int) -> Labelled:
         labels = np.repeat(list("abcdefgh"), count)
-        angles = rng.uniform(-np.pi, np.pi, len(labels))
-        axis = np.searchsorted(list("abcdefgh"), labels)
+        rows = np.searchsorted(list("abcdefgh"), labels)
+        around = rng.normal(size=(len(labels), 5))
         vectors = np.zeros((len(labels), 9))
-        vectors[:, 0] = np.cos(angles)
-        vectors[np.arange(len(labels)), 1 + axis] = np.sin(angles)
-        return vectors.astype(np.float32), labels
+        vectors[:, 4:] = around / np.linalg.norm(around, axis=1, keepdims=True) * np.where(rows % 2, 1.5, 0.1)[:, None]
+        vectors[np.arange(len(labels)), rows // 2] = 1
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), labels
 
     held_out = draw(40)
     chosen = calibrate(snapshot_of(draw(60), held_out), *held_out)
-    assert chosen.left_out_auroc["1"] > chosen.left_out_auroc["0"]
+    assert chosen.left_out_auroc["1"] > chosen.left_out_auroc["0.5"] > chosen.left_out_auroc["0"]
     assert chosen.neighbor_share == 1.0
 
 

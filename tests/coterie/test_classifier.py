@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.calibration import calibrate
-from coterie.classifier import OWN_SHARE, RADIUS_WEIGHT, Calibration, classify, score
+from coterie.classifier import OWN_SHARE, RADIUS_WEIGHT, Calibration, classify, score, verify
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import GalleryItems, Snapshot
 
@@ -265,3 +265,84 @@ def test_more_neighbors_may_be_listed_than_vote(tiny_bundle, digit_images) -> No
     for less, more in zip(few, many, strict=True):
         assert more.neighbors[:3] == less.neighbors
         assert (more.label, more.probability, more.classes) == (less.label, less.probability, less.classes)
+
+
+# One class
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("look", ["one", "two, and enrolled"])
+def test_verification_follows_the_formula_for_every_class(
+    snapshot: Snapshot, held_out: Labelled, items: Callable[..., GalleryItems], share: float, look: str
+) -> None:
+    embeddings, labels = held_out
+    if look != "one":
+        both = np.concatenate([embeddings[labels == "d"][:12], -embeddings[labels == "a"][:12]])
+        snapshot = snapshot.with_items(items(both, ["new"] * 24, "new "))
+    # Among as many neighbours as there are items, the nearest of every class is found.
+    settings = SETTINGS.model_copy(update={"neighbor_share": share, "n_neighbors": len(snapshot.items)})
+    asked = np.concatenate([embeddings[200::8], -embeddings[200::8]])
+    seen = set()
+    for row, label in enumerate(snapshot.clusters.labels):
+        for query, answer in zip(asked, verify(asked, snapshot, settings, label), strict=True):
+            similarity, threshold = slow_joint(query, snapshot, settings, row)
+            assert answer.similarity == pytest.approx(similarity, abs=1e-5)
+            assert answer.threshold == pytest.approx(threshold, abs=1e-5)
+            assert answer.match == (answer.similarity >= answer.threshold)
+            assert (answer.label, answer.calibration, answer.snapshot) == (label, settings.id, snapshot.sequence)
+            seen.add(answer.match)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_the_most_probable_class_is_verified_where_it_is_known(
+    snapshot: Snapshot, held_out: Labelled, rate: float
+) -> None:
+    compared = 0
+    for query, answer in zip(held_out[0], classify(held_out[0], snapshot, SETTINGS, false_reject=rate), strict=True):
+        label = answer.classes[0].label
+        if any(near.label == label for near in answer.neighbors):
+            (verified,) = verify(query[None], snapshot, SETTINGS, label, false_reject=rate)
+            assert verified.match == answer.known
+            assert verified.similarity == pytest.approx(answer.similarity, abs=1e-6)
+            assert verified.threshold == pytest.approx(answer.threshold, abs=1e-6)
+            compared += 1
+    assert compared > 200
+
+
+def test_an_item_far_away_does_not_pass_for_near_because_no_nearer_one_was_found(
+    snapshot: Snapshot, held_out: Labelled
+) -> None:
+    """A class that has none of the k nearest items is held to its own nearest, not to the k-th of all."""
+    settings = SETTINGS.model_copy(update={"neighbor_share": 1.0, "n_neighbors": 1})
+    query = held_out[0][held_out[1] == "a"][:1]
+    for label in "bcdef":
+        (answer,) = verify(query, snapshot, settings, label)
+        own = snapshot.items.embeddings[snapshot.members(label)]
+        assert answer.similarity == pytest.approx(float((own @ query[0]).max()), abs=1e-6)
+
+
+def test_the_stated_share_of_new_images_of_a_class_is_refused(cloud_class: Any, snapshot_of: MakeSnapshot) -> None:
+    rng = np.random.default_rng(5)
+    clouds = cloud_class.make(rng, 6, 16, 0.4)
+    snapshot = snapshot_of(clouds.draw(rng, [60] * 6), clouds.draw(rng, [60] * 6))
+    calibration = calibrate(snapshot, *clouds.draw(rng, [80] * 6))
+    queries, labels = clouds.draw(rng, [200] * 6)
+    for rate in (0.05, 0.2):
+        refused = [
+            not answer.match
+            for label in "abcdef"
+            for answer in verify(queries[labels == label], snapshot, calibration, label, false_reject=rate)
+        ]
+        assert np.mean(refused) == pytest.approx(rate, abs=0.03)
+
+
+def test_no_images_are_verified_without_answers(snapshot: Snapshot) -> None:
+    assert verify(np.empty((0, 8), dtype=np.float32), snapshot, SETTINGS, "a") == []
+
+
+def test_a_class_or_rate_that_is_not_there_is_refused(snapshot: Snapshot, held_out: Labelled) -> None:
+    with pytest.raises(DataError, match="no class 'z'"):
+        verify(held_out[0], snapshot, SETTINGS, "z")
+    with pytest.raises(CoterieError, match=r"choose one of 0\.05, 0\.2"):
+        verify(held_out[0], snapshot, SETTINGS, "a", false_reject=0.07)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from serving.batcher import Batcher, ItemError
+from serving.batcher import Batcher, Part
 from serving.errors import OverloadedError
+from serving.observer import Observer
 
 DEADLINE = 20.0
 POISON = 13
@@ -22,16 +23,13 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, values: list[int]) -> list[int | Exception]:
+    def __call__(self, parts: list[Part[int, str]]) -> list[list[int | Exception]]:
+        values = [value for part in parts for value in part.rows]
         self.batches.append(values)
         assert self.gate.wait(DEADLINE)
         if POISON in values:
             raise ArithmeticError("poison")
-        return [2 * value for value in values]
-
-
-def prepare(item: str) -> int:
-    return int(item)
+        return [[2 * value for value in part.rows] for part in parts]
 
 
 @pytest.fixture
@@ -41,9 +39,14 @@ def run() -> Iterator[Doubler]:
     doubler.gate.set()
 
 
-def batcher(run: Callable[[list[int]], Any], **changes: int) -> Batcher[str, int, int]:
-    settings = {"max_batch": 4, "capacity": 64, "threads": 2} | changes
-    return Batcher(prepare, run, **settings)
+def batcher(run: Callable[[list[Any]], Any], **changes: Any) -> Batcher[int, str, int]:
+    settings = {"max_batch": 4, "capacity": 64} | changes
+    return Batcher(run, **settings)
+
+
+async def ask(one: Batcher[int, str, int], *values: int) -> list[int | Exception]:
+    with one.room_for(len(values)):
+        return list((await one.submit(values, "")).results)
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
@@ -55,46 +58,64 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_results_come_in_the_order_of_the_items_though_batches_are_smaller(run: Doubler) -> None:
+def test_results_come_in_the_order_of_the_rows_though_batches_are_smaller(run: Doubler) -> None:
     async def scene() -> None:
-        values = [str(i) for i in range(20, 30)]
-        assert await batcher(run).submit(values) == [2 * int(value) for value in values]
+        assert await ask(batcher(run), *range(20, 30)) == [2 * value for value in range(20, 30)]
 
     play(scene())
     assert [len(batch) for batch in run.batches] == [4, 4, 2]
 
 
-def test_a_lone_item_leaves_at_once(run: Doubler) -> None:
+def test_a_lone_row_leaves_at_once(run: Doubler) -> None:
     async def scene() -> None:
-        assert await batcher(run).submit(["1"]) == [2]
+        assert await ask(batcher(run), 1) == [2]
 
     play(scene())
     assert run.batches == [[1]]
+
+
+def test_a_job_that_fills_a_batch_is_run_as_it_was_sent() -> None:
+    """Nothing is copied, and nothing made for each row."""
+    seen = []
+
+    def same(parts: list[Part[int, str]]) -> list[Any]:
+        seen.extend(parts)
+        return [part.rows for part in parts]
+
+    async def scene() -> None:
+        values = (1, 2, 3, 4)
+        outcome = await batcher(same).submit(values, "question")
+        assert outcome.results is values
+
+    play(scene())
+    assert [part.context for part in seen] == ["question"]
 
 
 def test_what_waits_while_a_runner_is_busy_leaves_together_in_order_of_arrival(run: Doubler) -> None:
     async def scene() -> None:
         one = batcher(run)
         run.gate.clear()
-        first = asyncio.ensure_future(one.submit(["0"]))
+        first = asyncio.ensure_future(ask(one, 0))
         await until(lambda: len(run.batches) == 1)
         later = []
-        for items in (["1"], ["2", "3", "4"], ["5"]):
+        for values in ([1], [2, 3, 4, 5, 6, 7, 8, 9], [10], [11, 12]):
             before = one.waiting
-            later.append(asyncio.ensure_future(one.submit(items)))
-            await until(lambda before=before, items=items: one.waiting == before + len(items))  # type: ignore[misc]
+            later.append(asyncio.ensure_future(ask(one, *values)))
+            await until(lambda before=before, values=values: one.waiting == before + len(values))  # type: ignore[misc]
         run.gate.set()
-        assert await asyncio.gather(first, *later) == [[0], [2], [4, 6, 8], [10]]
+        assert await first == [0]
+        answers = await asyncio.gather(*later)
+        assert answers == [[2], [4, 6, 8, 10, 12, 14, 16, 18], [20], [22, 24]]
 
     play(scene())
-    assert run.batches == [[0], [1, 2, 3, 4], [5]]
+    assert run.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
 
 
 def test_two_runners_take_two_batches_at_a_time(run: Doubler) -> None:
     async def scene() -> None:
         one = batcher(run, runners=2, max_batch=2)
         run.gate.clear()
-        answer = asyncio.ensure_future(one.submit(["1", "2", "3", "4", "5"]))
+        answer = asyncio.ensure_future(ask(one, 1, 2, 3, 4, 5))
         await until(lambda: len(run.batches) == 2)
         assert one.waiting == 1
         run.gate.set()
@@ -103,52 +124,61 @@ def test_two_runners_take_two_batches_at_a_time(run: Doubler) -> None:
     play(scene())
 
 
-def test_an_item_that_cannot_be_prepared_fails_its_own_request_only(run: Doubler) -> None:
+def test_parts_of_a_job_that_come_back_in_another_order_are_put_in_theirs() -> None:
+    gate = threading.Event()
+
+    def run(parts: list[Part[int, str]]) -> list[list[int]]:
+        if parts[0].rows[0] == 1:
+            assert gate.wait(DEADLINE)
+        else:
+            gate.set()
+        return [[2 * value for value in part.rows] for part in parts]
+
     async def scene() -> None:
-        one = batcher(run)
-        good, bad = await asyncio.gather(one.submit(["1", "2"]), one.submit(["3", "x", "y"]), return_exceptions=True)
-        assert good == [2, 4]
-        assert isinstance(bad, ItemError) and bad.index == 1 and isinstance(bad.__cause__, ValueError)
-        assert one.under_way == 0
+        assert await ask(batcher(run, runners=2, max_batch=2), 1, 2, 3) == [2, 4, 6]
 
     play(scene())
-    assert sorted(value for batch in run.batches for value in batch) == [1, 2]
 
 
-def test_an_item_that_fails_in_a_batch_does_not_harm_the_others(run: Doubler) -> None:
+@pytest.mark.parametrize("place", range(6))
+def test_a_row_that_fails_does_not_harm_the_others_of_its_job_or_batch(run: Doubler, place: int) -> None:
+    values = [1, 2, 3, 4, 5, 6]
+    values[place] = POISON
+
     async def scene() -> None:
-        one = batcher(run)
+        one = batcher(run, max_batch=16)
         run.gate.clear()
-        blocker = asyncio.ensure_future(one.submit(["0"]))
+        blocker = asyncio.ensure_future(ask(one, 0))
         await until(lambda: len(run.batches) == 1)
-        requests = [asyncio.ensure_future(one.submit([str(value)])) for value in (1, POISON, 2, 3)]
-        await until(lambda: one.waiting == 4)
+        requests = [asyncio.ensure_future(ask(one, *part)) for part in (values[:1], values[1:5], values[5:])]
+        await until(lambda: one.waiting == 6)
         run.gate.set()
         await blocker
-        results = await asyncio.gather(*requests, return_exceptions=True)
-        assert [results[0], results[2], results[3]] == [[2], [4], [6]]
-        assert isinstance(results[1], ItemError) and isinstance(results[1].__cause__, ArithmeticError)
-        assert await one.submit(["7"]) == [14]
+        results = [result for part in await asyncio.gather(*requests) for result in part]
+        assert isinstance(results[place], ArithmeticError)
+        for row, value in enumerate(values):
+            assert row == place or results[row] == 2 * value
+        assert await ask(one, 7) == [14]
 
     play(scene())
-    assert len(run.batches[1]) == 4
+    assert run.batches[1] == values
 
 
-def test_an_exception_among_the_results_is_that_items_failure() -> None:
+def test_an_exception_among_the_results_is_that_rows_failure() -> None:
+    error = KeyError("no")
+
     async def scene() -> None:
-        one = batcher(lambda values: [KeyError("no") if value == 2 else value for value in values])
-        with pytest.raises(ItemError) as caught:
-            await one.submit(["1", "2", "3"])
-        assert caught.value.index == 1
+        one = batcher(lambda parts: [[error if value == 2 else value for value in part.rows] for part in parts])
+        assert await ask(one, 1, 2, 3) == [1, error, 3]
 
     play(scene())
 
 
-def test_a_run_that_loses_results_fails_instead_of_hanging() -> None:
+@pytest.mark.parametrize("answer", [[], [[]], [[1, 2], [3]], [[1, 2, 3]]])
+def test_a_run_that_loses_results_fails_instead_of_hanging(answer: list[list[int]]) -> None:
     async def scene() -> None:
-        with pytest.raises(ItemError) as caught:
-            await batcher(lambda values: []).submit(["1", "2"])
-        assert isinstance(caught.value.__cause__, RuntimeError)
+        results = await ask(batcher(lambda parts: answer), 1, 2)
+        assert [type(result) for result in results] == [RuntimeError, RuntimeError]
 
     play(scene())
 
@@ -157,57 +187,81 @@ def test_more_than_the_capacity_is_refused_at_once_and_taken_again_later(run: Do
     async def scene() -> None:
         one = batcher(run, capacity=3)
         run.gate.clear()
-        first = asyncio.ensure_future(one.submit(["1", "2"]))
+        first = asyncio.ensure_future(ask(one, 1, 2))
         await until(lambda: one.under_way == 2)
         with pytest.raises(OverloadedError) as caught:
-            await one.submit(["3", "4"])
+            await ask(one, 3, 4)
         assert caught.value.headers["Retry-After"]
-        second = asyncio.ensure_future(one.submit(["3"]))
+        second = asyncio.ensure_future(ask(one, 3))
         run.gate.set()
         assert await asyncio.gather(first, second) == [[2, 4], [6]]
-        assert await one.submit(["5", "6", "7"]) == [10, 12, 14]
+        assert await ask(one, 5, 6, 7) == [10, 12, 14]
 
     play(scene())
 
 
-def test_the_work_of_a_cancelled_request_is_dropped_and_its_room_given_back(run: Doubler) -> None:
+def test_the_rows_of_a_cancelled_job_are_dropped_and_their_room_given_back(run: Doubler) -> None:
     async def scene() -> None:
-        one = batcher(run, capacity=4)
+        one = batcher(run, capacity=16)
         run.gate.clear()
-        busy = asyncio.ensure_future(one.submit(["0"]))
+        busy = asyncio.ensure_future(ask(one, *range(20, 26)))  # its first four rows run, two wait
         await until(lambda: len(run.batches) == 1)
-        leaving = asyncio.ensure_future(one.submit(["1", "2"]))
-        staying = asyncio.ensure_future(one.submit(["3"]))
-        await until(lambda: one.waiting == 3)
+        leaving = asyncio.ensure_future(ask(one, 1, 2))
+        staying = asyncio.ensure_future(ask(one, 3))
+        await until(lambda: one.waiting == 5)
         leaving.cancel()
         await until(leaving.cancelled)
-        assert one.under_way == 2
+        assert (one.under_way, one.waiting) == (7, 3)
         run.gate.set()
-        assert await asyncio.gather(busy, staying) == [[0], [6]]
+        assert await asyncio.gather(busy, staying) == [[40, 42, 44, 46, 48, 50], [6]]
 
     play(scene())
-    assert run.batches == [[0], [3]]
+    assert run.batches == [[20, 21, 22, 23], [24, 25, 3]]
 
 
-def test_a_request_that_is_cancelled_while_it_runs_frees_the_runner(run: Doubler) -> None:
+def test_a_job_that_is_cancelled_while_a_part_of_it_runs_frees_the_runner_and_drops_the_rest(run: Doubler) -> None:
     async def scene() -> None:
         one = batcher(run)
         run.gate.clear()
-        leaving = asyncio.ensure_future(one.submit(["1"]))
+        leaving = asyncio.ensure_future(ask(one, 20, 21, 22, 23, 24))
         await until(lambda: len(run.batches) == 1)
         leaving.cancel()
         await until(leaving.cancelled)
         run.gate.set()
-        assert await one.submit(["2"]) == [4]
+        assert await ask(one, 2) == [4]
 
     play(scene())
+    assert run.batches == [[20, 21, 22, 23], [2]]
 
 
-def test_a_thousand_requests_at_once_are_all_answered(run: Doubler) -> None:
+def test_a_thousand_requests_of_one_to_nine_rows_are_all_answered(run: Doubler) -> None:
     async def scene() -> None:
-        one = batcher(run, capacity=2000, max_batch=32)
-        answers = await asyncio.gather(*(one.submit([str(i + 100)]) for i in range(1000)))
-        assert answers == [[2 * (i + 100)] for i in range(1000)]
+        one = batcher(run, capacity=10_000, max_batch=32)
+        jobs = [range(100 + i, 100 + i + 1 + i % 9) for i in range(1000)]
+        answers = await asyncio.gather(*(ask(one, *job) for job in jobs))
+        assert answers == [[2 * value for value in job] for job in jobs]
         assert one.under_way == one.waiting == 0
 
     play(scene())
+    assert sum(len(batch) for batch in run.batches) == sum(1 + i % 9 for i in range(1000))
+    assert max(len(batch) for batch in run.batches) == 32
+
+
+class Waits(Observer):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def waited(self, images: int, seconds: float) -> None:
+        self.seen.append((images, seconds))
+
+
+def test_how_long_rows_waited_is_told_and_the_longest_kept(run: Doubler) -> None:
+    waits = Waits()
+
+    async def scene() -> None:
+        one = batcher(run, observer=waits)
+        outcome = await one.submit([1, 2, 3, 4, 5, 6], "")
+        assert outcome.waited == max(seconds for _, seconds in waits.seen) > waits.seen[0][1] >= 0
+
+    play(scene())
+    assert [images for images, _ in waits.seen] == [4, 2]

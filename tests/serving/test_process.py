@@ -1,7 +1,10 @@
 """The real service in processes of its own, as users start it."""
 
+import base64
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,9 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bentoml
 import httpx
+import numpy as np
 import pytest
 import yaml
+from bentoml.exceptions import BentoMLException
+from openai import NotFoundError, OpenAI, UnprocessableEntityError
 from PIL import Image
 
 from coterie.bundle import Bundle
@@ -101,6 +108,111 @@ def test_real_images_get_the_answers_that_the_bundle_gives_offline(
         assert client.get("/nope").json()["error"]["code"] == "unknown_route"
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
     assert (tmp_path / "state" / "tiny-digits" / "gallery.sqlite").is_file()
+
+
+def test_bentomls_own_client_gets_the_same_answers(
+    tiny_bundle: Bundle, digit_images, data_uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    images = digit_images.images[:20]
+    strings = [data_uri(image) if row % 2 else base64.b64encode(image).decode() for row, image in enumerate(images)]
+    settings = {"COTERIE_BUNDLE": str(tiny_bundle.path)}
+    with serving("serving.service:Coterie", tmp_path, **settings) as http:
+        with bentoml.SyncHTTPClient(str(http.base_url)) as client:
+            np.testing.assert_allclose(client.embed(images=strings), tiny_bundle.embed(images), atol=1e-6)
+            body = {"input": strings, "top": 2, "neighbors": 1, "false_reject": 0.2}
+            assert (
+                client.classify(images=strings, top=2, neighbors=1, false_reject=0.2)
+                == (http.post("/v1/classify", json=body).json()["data"])
+            )
+            for refused, status, words in (
+                ({"images": [strings[0], "AAAA"]}, 422, "image 1: "),
+                ({"images": [strings[0], "***"]}, 422, "image 1: "),
+                ({"images": ["http://127.0.0.1/a.png"]}, 422, "URLs are not fetched"),
+                ({"images": []}, 400, "at least one"),
+                ({"images": [strings[0]] * 257}, 413, "more than 256"),
+            ):
+                with pytest.raises(BentoMLException) as caught:
+                    client.embed(**refused)
+                assert caught.value.error_code == status and words in str(caught.value)
+            for options, words in (({"false_reject": 0.03}, "0.05"), ({"top": -1}, "from 0 to 1000")):
+                with pytest.raises(BentoMLException, match=words) as caught:
+                    client.classify(images=strings[:1], **options)
+                assert caught.value.error_code == 400
+        form = {"images": (None, "http://127.0.0.1:1/a.png")}
+        assert http.post("/embed", files=form).status_code == 400
+        pickled = http.post("/embed", content=b"x", headers={"content-type": "application/vnd.bentoml+pickle"})
+        assert pickled.status_code == 415
+
+
+def test_openais_client_gets_embeddings_as_numbers_and_as_base64(
+    tiny_bundle: Bundle, digit_images, data_uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    images = digit_images.images[:3]
+    strings, name = [data_uri(image) for image in images], tiny_bundle.manifest.name
+    settings = {"COTERIE_BUNDLE": str(tiny_bundle.path)}
+    with (
+        serving("serving.service:Coterie", tmp_path, **settings) as http,
+        OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert [model.id for model in client.models.list()] == [name]
+        # By itself it asks for base64 and decodes that.
+        answers = [
+            client.embeddings.create(model=name, input=strings),
+            client.embeddings.create(model=name, input=strings, encoding_format="float"),
+        ]
+        for answer in answers:
+            assert [entry.index for entry in answer.data] == [0, 1, 2]
+            vectors = np.asarray([entry.embedding for entry in answer.data], dtype=np.float32)
+            np.testing.assert_allclose(vectors, tiny_bundle.embed(images), atol=1e-6)
+        assert answers[0].data == answers[1].data
+        text = client.embeddings.create(model=name, input=strings[0], encoding_format="base64").data[0].embedding
+        assert np.frombuffer(base64.b64decode(text), dtype="<f4").tolist() == answers[0].data[0].embedding
+        with pytest.raises(UnprocessableEntityError) as caught:
+            client.embeddings.create(model=name, input=[strings[0], "AAAA"])
+        assert (caught.value.param, caught.value.code) == ("input[1]", "invalid_image")
+        with pytest.raises(NotFoundError):
+            client.embeddings.create(model="another", input=strings)
+
+
+def test_the_documented_commands_do_what_is_said_of_them(tiny_bundle: Bundle, digit_images, tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "serving.md").read_text("utf-8")
+    ours = text[: text.index("## Clients")]
+    (tmp_path / "one.jpg").write_bytes(jpeg(digit_images.images[0]))
+    (tmp_path / "two.png").write_bytes(digit_images.images[1])
+    (tmp_path / "notes.txt").write_text("no image")
+    np.save(tmp_path / "pixels.npy", tiny_bundle.pixels(digit_images.images[:2]))
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", ours, re.DOTALL) for line in block.splitlines()]
+    said = {}
+    settings = {"COTERIE_BUNDLE": str(tiny_bundle.path)}
+    with serving("serving.service:Coterie", tmp_path / "home", **settings) as client:
+        for command in commands:
+            line = command.replace("http://127.0.0.1:3000", str(client.base_url)).replace(
+                "python -c", f"{sys.executable} -c"
+            )
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+            said[command] = done.stdout
+
+    def objects(part: str) -> list[str]:
+        ((answer,),) = [[json.loads(out) for command, out in said.items() if part in command]]
+        return [entry["object"] for entry in answer["data"]]
+
+    assert objects("-H 'Content-Type: image/jpeg'") == ["classification"]
+    assert objects("v1/classify -H 'Content-Type: application/x-npy'") == ["classification"] * 2
+    assert objects("v1/embeddings -H 'Content-Type: application/json'") == ["embedding"]
+    assert objects("encoding_format=base64") == ["embedding"]
+    assert objects("false_reject=0.01&top=3") == ["classification"]
+    assert objects("label=3&label=5") == objects("metadata.row=7") == ["neighbors"]
+    assert objects("v1/verify") == ["verification"] * 2
+    assert objects("on_error=partial") == ["classification", "error"]
+    assert [out for command, out in said.items() if "numpy.load" in command] == ["(2, 32)\n"]
+    failed = [
+        json.loads(out)["error"]["code"]
+        for command, out in said.items()
+        if '"error"' in out and "partial" not in command
+    ]
+    assert failed == ["invalid_image"]
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,30 +14,13 @@ from starlette.testclient import TestClient
 
 from coterie.bundle import Bundle
 from coterie.errors import StoreBusyError, StoreError
-from coterie.images import Limits
 from coterie.store import StoredItem
 from serving import engine as engine_module
 from serving import schemas
 from serving.engine import Engine
 from serving.limits import RequestLimits
 from serving.routes import build_app
-
-LIMITS = RequestLimits(max_body=200_000, max_images=8, image=Limits(max_pixels=1_000_000))
-
-
-@pytest.fixture
-def engine(tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Engine]:
-    one = Engine(tiny_bundle, state=tmp_path, limits=LIMITS, capacity=64)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def client(engine: Engine) -> Iterator[TestClient]:
-    app = build_app()
-    app.state.engine = engine
-    with TestClient(app, raise_server_exceptions=False) as one:
-        yield one
+from serving.served import Served
 
 
 def jpeg(png: bytes) -> bytes:
@@ -48,33 +29,17 @@ def jpeg(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def files(images: tuple[bytes, ...] | list[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("images", (f"{i}.png", image)) for i, image in enumerate(images)]
-
-
-def error_of(response: Any, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    answer = schemas.ErrorAnswer.model_validate(response.json())
-    assert response.json() == answer.model_dump()
-    for forbidden in ("Traceback", "/home", "/tmp", ".py", "onnx", "PIL", "Pillow", "pydantic", "starlette"):
-        assert forbidden not in response.text
-    return response.json()["error"]
-
-
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_classify_answers_what_the_bundle_says_offline(client: TestClient, tiny_bundle: Bundle, digit_images) -> None:
+def test_classify_answers_what_the_bundle_says_offline(
+    client: TestClient, tiny_bundle: Bundle, digit_images, files
+) -> None:
     images = digit_images.images[:8]
     response = client.post("/v1/classify", files=files(images))
     assert response.status_code == 200
     answer = response.json()
-    assert schemas.ClassificationList.model_validate(answer).model_dump() == answer
+    assert schemas.AnswerList.model_validate(answer).model_dump() == answer
     assert answer["bundle"] == response.headers["x-bundle-id"] == tiny_bundle.manifest.id
     for index, (entry, expected) in enumerate(zip(answer["data"], tiny_bundle.classify(images), strict=True)):
         assert entry["index"] == index
@@ -88,7 +53,7 @@ def test_classify_answers_what_the_bundle_says_offline(client: TestClient, tiny_
         )
 
 
-def test_most_digits_are_told_apart_and_unknown_ones_have_no_label(client: TestClient, digit_images) -> None:
+def test_most_digits_are_told_apart_and_unknown_ones_have_no_label(client: TestClient, digit_images, files) -> None:
     known = digit_images.of(*"01234567")
     answers = []
     for start in range(0, 64, 8):
@@ -108,7 +73,9 @@ def test_the_bytes_of_a_raw_body_decide(client: TestClient, digit_images, conten
     assert answers[0][0]["classes"][0]["label"] == answers[1][0]["classes"][0]["label"]
 
 
-def test_every_kind_of_body_gives_the_same_embeddings(client: TestClient, tiny_bundle: Bundle, digit_images) -> None:
+def test_every_kind_of_body_gives_the_same_embeddings(
+    client: TestClient, tiny_bundle: Bundle, digit_images, files, data_uri
+) -> None:
     images = digit_images.images[:3]
     bodies = [
         {"files": files(images)},
@@ -135,7 +102,7 @@ def read_vector(written: list[float] | str) -> np.ndarray:
     return np.asarray(written, dtype=np.float32)
 
 
-def test_one_image_as_a_single_string(client: TestClient, digit_images) -> None:
+def test_one_image_as_a_single_string(client: TestClient, digit_images, data_uri) -> None:
     answer = client.post("/v1/classify", json={"input": data_uri(digit_images.images[0])}).json()
     assert len(answer["data"]) == 1
 
@@ -167,7 +134,7 @@ def test_requests_with_different_options_share_batches(engine: Engine, client: T
     assert answers == {top: [top] for top in range(1, 9)}
 
 
-def test_thumbnails_of_neighbours_are_pictures(client: TestClient, digit_images) -> None:
+def test_thumbnails_of_neighbours_are_pictures(client: TestClient, digit_images, error_of) -> None:
     (entry,) = client.post("/v1/classify", content=digit_images.images[0]).json()["data"]
     response = client.get(entry["neighbors"][0]["thumbnail"])
     assert response.headers["content-type"] == "image/webp"
@@ -175,7 +142,9 @@ def test_thumbnails_of_neighbours_are_pictures(client: TestClient, digit_images)
     error_of(client.get("/v1/gallery/none/thumbnail"), 404)
 
 
-def test_what_is_enrolled_counts_at_the_next_request(engine: Engine, client: TestClient, digit_images) -> None:
+def test_what_is_enrolled_counts_at_the_next_request(
+    engine: Engine, client: TestClient, digit_images, error_of
+) -> None:
     eights = digit_images.of("8")
     embeddings = engine.bundle.embed(eights.images[:5])
     engine._gallery.add([StoredItem(f"item{i}", "8", row, {}, b"") for i, row in enumerate(embeddings)])
@@ -197,6 +166,7 @@ def test_a_gallery_that_cannot_be_read_is_503(
     error: StoreError,
     code: str,
     retry_after: str | None,
+    error_of,
 ) -> None:
     def fail() -> None:
         raise error
@@ -229,14 +199,16 @@ def png_header_of(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("body", [b"garbage", b"\x89PNG\r\n\x1a\n", png_header_of(2000, 2000), b"GIF89a"])
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings"])
-def test_an_unusable_image_is_named_by_its_index(client: TestClient, digit_images, path: str, body: bytes) -> None:
+def test_an_unusable_image_is_named_by_its_index(
+    client: TestClient, digit_images, path: str, body: bytes, error_of, files
+) -> None:
     good = digit_images.images[0]
     error = error_of(client.post(path, files=files([good, body, good])), 422)
     assert error["param"] == "input[1]" and error["message"].startswith("image 1: ")
     assert error_of(client.post(path, content=body), 422)["param"] == "input[0]"
 
 
-def test_an_image_that_is_cut_short_is_refused(client: TestClient) -> None:
+def test_an_image_that_is_cut_short_is_refused(client: TestClient, error_of) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -261,7 +233,7 @@ def test_an_image_that_is_cut_short_is_refused(client: TestClient) -> None:
         ({"input": ["AAAA"] * 9}, 413, "input"),
     ],
 )
-def test_json_that_is_wrong_says_where(client: TestClient, body: Any, status: int, param: str) -> None:
+def test_json_that_is_wrong_says_where(client: TestClient, body: Any, status: int, param: str, error_of) -> None:
     assert error_of(client.post("/v1/embeddings", json=body), status)["param"] == param
 
 
@@ -277,7 +249,9 @@ def test_json_that_is_wrong_says_where(client: TestClient, body: Any, status: in
         ("false_reject=0.03", "false_reject"),
     ],
 )
-def test_a_query_value_that_is_not_known_is_refused(client: TestClient, digit_images, query: str, param: str) -> None:
+def test_a_query_value_that_is_not_known_is_refused(
+    client: TestClient, digit_images, query: str, param: str, error_of
+) -> None:
     error = error_of(client.post(f"/v1/classify?{query}", content=digit_images.images[0]), 400)
     assert error["param"] == param
     if query.endswith("0.03"):
@@ -312,12 +286,12 @@ def test_a_query_value_that_is_not_known_is_refused(client: TestClient, digit_im
     ],
 )
 def test_a_body_of_the_wrong_kind_is_refused(
-    client: TestClient, content: bytes, headers: dict[str, str], status: int
+    client: TestClient, content: bytes, headers: dict[str, str], status: int, error_of
 ) -> None:
     error_of(client.post("/v1/classify", content=content, headers=headers), status)
 
 
-def test_a_body_without_a_stated_length_is_counted_as_it_comes(engine: Engine) -> None:
+def test_a_body_without_a_stated_length_is_counted_as_it_comes(engine: Engine, call) -> None:
     read = 0
 
     async def receive() -> dict[str, Any]:
@@ -330,11 +304,11 @@ def test_a_body_without_a_stated_length_is_counted_as_it_comes(engine: Engine) -
     assert read == 300_000
 
 
-def test_too_many_files_are_refused(client: TestClient, digit_images) -> None:
+def test_too_many_files_are_refused(client: TestClient, digit_images, error_of, files) -> None:
     error_of(client.post("/v1/classify", files=files(digit_images.images[:9])), 413)
 
 
-def test_unknown_paths_and_methods_get_json(client: TestClient) -> None:
+def test_unknown_paths_and_methods_get_json(client: TestClient, error_of) -> None:
     assert error_of(client.get("/nope"), 404)["code"] == "unknown_route"
     assert error_of(client.get("/v1/bundle/"), 404)["code"] == "unknown_route"
     response = client.get("/v1/classify")
@@ -345,19 +319,19 @@ def test_unknown_paths_and_methods_get_json(client: TestClient) -> None:
 # --- trouble ---------------------------------------------------------------------------------------------------------
 
 
-def test_more_images_than_there_is_room_for_get_429(tiny_bundle: Bundle, digit_images) -> None:
+def test_more_images_than_there_is_room_for_get_429(tiny_bundle: Bundle, digit_images, error_of, files, limits) -> None:
     app = build_app()
-    app.state.engine = Engine(tiny_bundle, limits=LIMITS, capacity=2)
+    app.state.served = Served(Engine(tiny_bundle, limits=limits, capacity=2))
     with TestClient(app) as client:
         response = client.post("/v1/classify", files=files(digit_images.images[:3]))
         assert error_of(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
         assert client.post("/v1/classify", files=files(digit_images.images[:2])).status_code == 200
-    app.state.engine.close()
+    app.state.served.close()
 
 
 def test_a_broken_encoder_turns_readiness_off_until_it_answers_again(
-    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch, error_of
 ) -> None:
     def ready() -> bool:
         return client.portal.call(engine.ready)  # type: ignore[union-attr]
@@ -387,7 +361,7 @@ def test_an_encoder_that_hangs_turns_readiness_off(
 
 
 def test_an_image_on_which_the_encoder_fails_does_not_harm_its_batch(
-    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch, error_of, files
 ) -> None:
     real = engine._encoder.embed
 
@@ -402,18 +376,19 @@ def test_an_image_on_which_the_encoder_fails_does_not_harm_its_batch(
 
 
 def test_our_own_failures_are_json_without_detail(
-    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, client: TestClient, digit_images, monkeypatch: pytest.MonkeyPatch, error_of
 ) -> None:
-    monkeypatch.setattr(engine, "classify", broken)
+    monkeypatch.setattr(engine, "answer", broken)
     error = error_of(client.post("/v1/classify", content=digit_images.images[0]), 500)
     assert error["code"] == "internal_error" and "secret" not in error["message"]
 
 
 def test_an_answer_that_would_come_too_late_is_504_and_its_room_is_given_back(
-    tiny_bundle: Bundle, digit_images, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Bundle, digit_images, monkeypatch: pytest.MonkeyPatch, error_of
 ) -> None:
     app = build_app()
-    one = app.state.engine = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05))
+    one = Engine(tiny_bundle, limits=RequestLimits(seconds=0.05))
+    app.state.served = Served(one)
     gate, real = threading.Event(), one._encoder.embed
     monkeypatch.setattr(one._encoder, "embed", lambda pixels: real(pixels) if gate.wait(20) else None)
     with TestClient(app) as client:
@@ -424,7 +399,7 @@ def test_an_answer_that_would_come_too_late_is_504_and_its_room_is_given_back(
 
 
 def test_the_work_of_a_client_that_leaves_is_dropped(
-    engine: Engine, digit_images, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, digit_images, monkeypatch: pytest.MonkeyPatch, call
 ) -> None:
     gate = threading.Event()
     monkeypatch.setattr(engine._encoder, "embed", lambda _: gate.wait(20))
@@ -441,31 +416,6 @@ def test_the_work_of_a_client_that_leaves_is_dropped(
     gate.set()
     assert sent[0]["status"] == 499
     assert engine._batcher.under_way == 0
-
-
-async def call(engine: Engine, path: str, receive: Any) -> list[dict[str, Any]]:
-    """Call the application as a server does."""
-    app = build_app()
-    app.state.engine = engine
-    sent: list[dict[str, Any]] = []
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "scheme": "http",
-        "query_string": b"",
-        "headers": [],
-        "server": ("test", 80),
-        "client": ("test", 1),
-    }
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    await app(scope, receive, send)
-    return sent
 
 
 def test_error_bodies_are_openais(client: TestClient) -> None:

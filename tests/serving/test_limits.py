@@ -1,0 +1,171 @@
+"""What a request may cost, held against a real server's socket."""
+
+import asyncio
+import io
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from coterie.bundle import Bundle
+from coterie.images import Limits
+from serving.access import Access, Policy
+from serving.engine import Engine
+from serving.keys import Keyring
+from serving.limits import RequestLimits
+from serving.routes import build_app
+from serving.served import Served
+
+LIMITS = RequestLimits(max_body=100_000, max_images=4, image=Limits(max_pixels=1_000_000), body_seconds=0.3)
+
+Say = Callable[..., tuple[int, dict[str, object], bool]]
+
+
+@pytest.fixture
+def engine(tiny_bundle: Bundle) -> Iterator[Engine]:
+    one = Engine(tiny_bundle, limits=LIMITS, capacity=8)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def port(engine: Engine, tmp_path: Path) -> Iterator[int]:
+    """Where the application listens, with the server that BentoML runs it in."""
+    app = build_app()
+    app.state.served = Served(engine)
+    around = Access(app, lambda: Policy(Keyring(tmp_path / "keys.json")))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(around, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def say(port: int) -> Say:
+    """Send pieces of bytes, and read one answer: its status, its error, and whether the connection is then closed."""
+
+    def one(*pieces: bytes) -> tuple[int, dict[str, object], bool]:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+            answer = connection.makefile("rb")
+            status = int(answer.readline().split()[1])
+            headers = dict(line.decode().lower().strip().split(": ", 1) for line in iter(answer.readline, b"\r\n"))
+            body = answer.read(int(headers["content-length"]))
+            closed = headers.get("connection") == "close" and answer.read() == b""
+            return status, json.loads(body).get("error", {}), closed
+
+    return one
+
+
+def head(target: str = "/v1/classify", method: str = "POST", **headers: str) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def posted(body: bytes, content_type: str) -> bytes:
+    return head(content_type=content_type, content_length=str(len(body))) + body
+
+
+def test_a_body_that_does_not_arrive_in_time_is_given_up(say: Say, engine: Engine) -> None:
+    for start in (head(content_length="50000") + b"x" * 100, head(transfer_encoding="chunked") + b"3\r\nxxx\r\n"):
+        began = time.monotonic()
+        status, error, closed = say(start)
+        assert (status, error["code"], closed) == (408, "slow_body", True)
+        assert time.monotonic() - began >= LIMITS.body_seconds
+    assert engine.under_way == 0
+
+
+def test_a_body_that_drips_is_given_up_too(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head(content_length="50000"))
+        while not select.select([connection], [], [], 0.01)[0]:
+            connection.send(b"x")
+        received = connection.recv(4096)
+    assert received.startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_says_it_is_too_large_is_not_waited_for(say: Say) -> None:
+    status, error, closed = say(head(content_length=str(LIMITS.max_body + 1)))
+    assert (status, error["code"], closed) == (413, "too_large", True)
+
+
+def test_a_body_that_turns_out_too_large_is_cut_off(say: Say) -> None:
+    chunk = b"%x\r\n%s\r\n" % (50_000, b"x" * 50_000)
+    status, error, closed = say(head(transfer_encoding="chunked"), chunk, chunk, b"1\r\nx\r\n")
+    assert (status, error["code"], closed) == (413, "too_large", True)
+
+
+def test_only_so_many_images_come_in_one_request(say: Say) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="i"; filename="a"\r\n\r\nimage\r\n'
+    for count, status in ((4, 422), (5, 413), (900, 413)):
+        assert say(posted(part * count + b"--x--\r\n", "multipart/form-data; boundary=x"))[0] == status
+        body = json.dumps({"input": ["aW1hZ2U="] * count}).encode()
+        assert say(posted(body, "application/json"))[0] == status
+
+
+def test_parts_without_a_file_or_with_headers_beyond_reason_are_refused(say: Say) -> None:
+    disposition = b'Content-Disposition: form-data; name="i"; filename="a"\r\n'
+    for headers in (
+        b'Content-Disposition: form-data; name="option"\r\n',
+        b"X: y\r\n",
+        disposition + b"X: y\r\n" * 1000,
+        disposition + b"X: " + b"y" * 50_000 + b"\r\n",
+    ):
+        body = b"--x\r\n" + headers + b"\r\nimage\r\n--x--\r\n"
+        status, error, _ = say(posted(body, "multipart/form-data; boundary=x"))
+        assert (status, error["code"]) == (400, "bad_request")
+    body = io.BytesIO(b"--x\r\n" * 15_000).getvalue()
+    assert say(posted(body, "multipart/form-data; boundary=x"))[0] == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 90_000,
+        b'{"a":' * 15_000,
+        b'{"input": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+        b'{"input": 1' + b"0" * 80_000 + b"}",
+        b'{"input": ["' + b"\\u0000" * 10_000 + b'"]}',
+    ],
+)
+def test_json_that_is_deep_or_odd_is_refused(say: Say, body: bytes) -> None:
+    status, error, _ = say(posted(body, "application/json"))
+    assert status in (400, 422) and error["code"] in ("bad_request", "invalid_image")
+
+
+def test_targets_and_heads_beyond_reason_are_refused(say: Say) -> None:
+    assert say(head("/v1/classes?" + "a" * 8200, "GET"))[:1] == (414,)
+    assert say(head("/" + "%61" * 3000, "GET"))[:1] == (404,)  # counted as it is read
+    assert say(head("/v1/classes", "GET", x="a" * 66_000))[:1] == (431,)
+    assert say(head("/v1/classes", "GET", **{f"x{i}": "a" * 60 for i in range(1100)}))[:1] == (431,)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_leaves_nothing_behind(
+    port: int, say: Say, engine: Engine, digit_images
+) -> None:
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head(content_length="50000") + b"x" * 100)
+    status, _, _ = say(posted(digit_images.images[0], "image/png"))
+    assert status == 200 and engine.under_way == 0
+
+
+def test_a_refused_request_does_not_lend_its_body_to_the_next(port: int) -> None:
+    inner = head("/v1/classes/3", "DELETE")
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head("/v1/classes/3", "DELETE", host="evil", content_length=str(len(inner))) + inner)
+        connection.sendall(head("/nope", "GET"))
+        connection.shutdown(socket.SHUT_WR)
+        answers = connection.makefile("rb").read()
+    assert answers.startswith(b"HTTP/1.1 4") and b"200 OK" not in answers
