@@ -22,8 +22,10 @@ from coterie.files import write_text
 from coterie.gallery import GalleryItems, Snapshot
 from coterie.store import StoredItem
 from coterie_cli.serve import check_port, serve_bundle
-from evaluation.evaluate import Evaluation, Queries, embed_folder, evaluate
+from evaluation.evaluate import Evaluation, evaluate
+from evaluation.queries import Queries, embed_folder
 from evaluation.report import write_report
+from evaluation.study import Study
 
 __all__ = ["run_demo"]
 
@@ -62,7 +64,7 @@ def run_demo(folder: Path, *, serve: bool, json_file: Path | None, port: int) ->
     _step("Evaluating on held-out images, with 8 and 9 as unknown")
     known, new = embed_folder(bundle, folder / "data" / "test"), embed_folder(bundle, folder / "data" / "new")
     before = evaluate(bundle, known, new)
-    write_report(before, "digits", folder / "report.html")
+    write_report(Study.of(bundle, known, before), folder / "report.html")
     _step(f"Enrolling {EXAMPLES} images each of 8 and 9, {DRAWS} draws")
     after = _enrol(bundle, known, new)
     _remember(bundle, new, folder)

@@ -211,7 +211,7 @@ def merge(
     """
     from coterie.errors import CoterieError
     from coterie.merging import merge as merge_bundle
-    from evaluation.evaluate import embed_folder
+    from evaluation.queries import embed_folder
     from export.card import model_card
 
     if out.exists() and not overwrite:

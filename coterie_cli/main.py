@@ -3,7 +3,6 @@
 Stages are imported inside their functions, so that `coterie --help` does not wait for torch.
 """
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coterie.errors import CoterieError, CoterieWarning, GateFailed
+from coterie_cli.evaluate import evaluate
 from coterie_cli.gallery import gallery_app
 from coterie_cli.keys import KeyFile, key_app
 from coterie_cli.options import FORMS, BundlePath, Data, Device, Strict, Threads, console, show_rejected
@@ -30,8 +30,10 @@ app.add_typer(bundle_app, name="bundle")
 app.add_typer(gallery_app, name="gallery")
 app.add_typer(key_app, name="key")
 
-# What only the extra `train` brings, and serving and evaluation do without.
-TRAIN_PACKAGES = frozenset({"torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"})
+# What only an extra brings, and serving does without.
+EXTRAS = dict.fromkeys(
+    ("torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"), "train"
+) | {"plotly": "report"}
 
 Group = Annotated[
     str | None,
@@ -53,9 +55,10 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in TRAIN_PACKAGES:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        print(f"error: this command needs {error.name}, which is not here: install coterie[train]", file=sys.stderr)
+        print(f"error: this command needs {error.name}, which is not here: install coterie[{extra}]", file=sys.stderr)
         raise SystemExit(CoterieError.exit_code) from None
     except OSError as error:  # no space, no permission: it names the file
         print(f"error: {error}", file=sys.stderr)
@@ -252,49 +255,7 @@ def embed(
     console.print(f"Embedded {done.images:,} images in {done.dim} dimensions: [bold]{done.file}[/]")
 
 
-@app.command()
-def evaluate(
-    bundle: BundlePath,
-    data: Data,
-    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in the forms of DATA.")] = None,
-    false_reject: Annotated[float, typer.Option(help="Share of known images that may be called unknown.")] = 0.05,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Exit with 1 if top-1 is lower.")] = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    strict: Strict = False,
-) -> None:
-    """Measure a bundle on labelled images, through the very code that serves it.
-
-    Example: coterie evaluate bundles/photos photos/test --report report.html --min-top1 0.95
-    """
-    from coterie.bundle import Bundle
-    from coterie.files import write_text
-    from evaluation.evaluate import embed_folder
-    from evaluation.evaluate import evaluate as evaluate_bundle
-    from evaluation.report import write_report
-
-    opened = Bundle.open(bundle, device=device, threads=threads)
-    strangers = embed_folder(opened, unknown, strict=strict) if unknown else None
-    result = evaluate_bundle(opened, embed_folder(opened, data, strict=strict), strangers, false_reject=false_reject)
-    show_rejected(result.rejected)
-    table = Table(title=f"{opened.manifest.name} on {result.images:,} images", show_header=False)
-    table.add_row("top-1, rejection ignored", f"{result.top1:.4f}")
-    table.add_row(f"right and accepted, {false_reject:.0%} false reject", f"{result.accepted_top1:.4f}")
-    table.add_row("k-NN top-1 (k=20, T=0.07)", f"{result.knn_top1:.4f}")
-    table.add_row("nearest-cluster top-1", f"{result.cluster_top1:.4f}")
-    if result.unknown:
-        table.add_row("known against unknown, AUROC", f"{result.unknown.auroc:.4f}")
-        table.add_row("unknown given a label", f"{result.unknown.accepted:.4f}")
-    console.print(table)
-    if report:
-        write_report(result, opened.manifest.name, report)
-        console.print(f"Report: [bold]{report}[/]")
-    if json_file:
-        write_text(json_file, json.dumps(result.to_json(), indent=1) + "\n")
-    if min_top1 is not None and result.top1 < min_top1:
-        raise GateFailed(f"top-1 is {result.top1:.4f}, below --min-top1 {min_top1}")
+app.command()(evaluate)
 
 
 def _more(variable: str, text: str) -> Any:

@@ -1,143 +1,42 @@
 """What is served, measured: a bundle on labelled images, through the same pixels, encoder, index and classifier."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
-from coterie.dataset import LabelledPixels, Rejected, read_images, read_pixels
-from coterie.errors import DataError
 from coterie.gallery import Snapshot
+from coterie.intervals import Interval, bootstrap_draws, bootstrap_means, bootstrap_sums, interval
 from coterie.metrics import (
-    auroc,
-    average_precision,
+    balanced_accuracy,
+    class_rates,
     confusion,
     expected_calibration_error,
-    known_rejected_at_95,
-    oscr,
-    top1,
-    unknown_accepted_at_95,
+    reliability,
+    risk_at_coverage,
+    selective_risks,
+    top_k,
 )
 from coterie.progress import progress_bar
+from coterie.retrieval import retrieve, silhouettes, weighted_votes
+from evaluation.leaks import find_leaks
+from evaluation.probe import linear_probe
+from evaluation.queries import Queries, check_labels
+from evaluation.results import Answers, ClassResult, Evaluation, Knn, Mistake, Selective
+from evaluation.speed import measure_speed
+from evaluation.unknown import UnknownResult, hold_out, measure_unknown
 
-__all__ = ["ClassResult", "Evaluation", "Mistake", "Queries", "UnknownResult", "embed_folder", "evaluate"]
+__all__ = ["BINS", "KS", "Evaluation", "evaluate"]
 
-
-@dataclass(frozen=True)
-class Queries:
-    """Embedded labelled images: `images` with their unit-length `embeddings` (n, d)."""
-
-    images: LabelledPixels
-    embeddings: NDArray[np.float32]
-
-    @property
-    def labels(self) -> NDArray[np.str_]:
-        return self.images.names
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class's share of the result; `accepted` counts right and accepted answers."""
-
-    label: str
-    images: int
-    recall: float
-    accepted: float
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong label, with the picture it was given for."""
-
-    path: str
-    truth: str
-    predicted: str
-    probability: float
-    thumbnail: bytes
-
-
-@dataclass(frozen=True)
-class UnknownResult:
-    """How well images of no known class are told from the others.
-
-    Attributes:
-        images: how many unknown images.
-        accepted: share of the unknown that was given a label.
-        auroc, aupr, oscr: of known against unknown, by deviation; see coterie.metrics.
-        unknown_accepted_at_95: share of the unknown accepted where 95 % of the known are.
-        known_rejected_at_95: share of the known rejected where 95 % of the unknown are.
-    """
-
-    images: int
-    accepted: float
-    auroc: float
-    aupr: float
-    oscr: float
-    unknown_accepted_at_95: float
-    known_rejected_at_95: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one bundle on one set of images.
-
-    Attributes:
-        top1: share of right labels, rejection ignored.
-        accepted_top1: share of right labels that were accepted at `false_reject`: the served answer.
-        false_rejected: share of all images called unknown.
-        ece: expected calibration error of the probabilities, 15 bins; see coterie.metrics.
-        knn_top1, cluster_top1: by the weighted vote of 20 neighbours at T = 0.07 as DINO has it (arXiv 2104.14294),
-            and by the most similar cluster alone.
-        confusion: counts, rows true and columns predicted labels in the order of `classes`.
-        mistakes: wrong labels, the most confident first.
-        rejected: images that could not be read.
-    """
-
-    bundle: str
-    data: str
-    images: int
-    classes: tuple[str, ...]
-    false_reject: float
-    top1: float
-    accepted_top1: float
-    false_rejected: float
-    ece: float
-    knn_top1: float
-    cluster_top1: float
-    per_class: tuple[ClassResult, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    mistakes: tuple[Mistake, ...]
-    rejected: tuple[Rejected, ...]
-    unknown: UnknownResult | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, without pictures."""
-        values = asdict(self)
-        for mistake in values["mistakes"]:
-            del mistake["thumbnail"]
-        values["rejected"] = [str(entry) for entry in self.rejected]
-        return values
-
-
-def embed_folder(bundle: Bundle, data: Path, *, strict: bool = False) -> Queries:
-    """Read and embed labelled images: a class-per-folder tree, a CSV or a Parquet file.
-
-    Raises:
-        DataError: they cannot be used.
-        DeviceError: the encoder cannot run where it shall.
-    """
-    encoder = bundle.encoder  # that it cannot run here is said before anything is decoded
-    found = read_images(data)
-    with progress_bar(f"reading {data.name}", len(found)) as advance:
-        images = read_pixels(
-            found, bundle.manifest.encoder.preprocessing, thumbnails=True, strict=strict, progress=advance
-        )
-    with progress_bar(f"embedding {data.name}", len(images)) as advance:
-        return Queries(images, encoder.embed(images.pixels, progress=advance))
+KS = (1, 5, 10, 20, 50, 100, 200)
+K = 20  # of `knn_top1`: what DINO found best
+BINS = 15
+COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)
+# Each sorts all answers.
+SELECTIVE_DRAWS = 200
+MOST_MISTAKES, MISTAKEN_NEIGHBORS = 24, 5
 
 
 def evaluate(
@@ -147,85 +46,212 @@ def evaluate(
     *,
     snapshot: Snapshot | None = None,
     false_reject: float = 0.05,
+    held_out: Sequence[Sequence[str]] = (),
+    seed: int = 0,
 ) -> Evaluation:
     """Measure a bundle on labelled queries, and optionally on images of no known class.
 
     Args:
         snapshot: the gallery to ask; by default the bundle's own.
+        held_out: sets of classes to take from the gallery and meet as unknown, one set after another.
+        seed: of the bootstrap.
 
     Raises:
         DataError: a query's label is not in the gallery.
     """
     snapshot = snapshot or bundle.base
     calibration = bundle.manifest.calibration
+    limit = calibration.limit(false_reject)
     names = np.asarray(snapshot.clusters.labels, dtype=np.str_)
-    truth = queries.labels
-    _check_labels(truth, names)
-    scores = score(queries.embeddings, snapshot, calibration)
-    predicted = names[scores.best]
-    right = predicted == truth
-    accepted = scores.accepted(calibration.limit(false_reject))
-    classes = tuple(sorted(set(truth.tolist()) | set(predicted.tolist())))
+    labels = queries.labels
+    check_labels(labels.tolist(), snapshot.clusters.labels)
+    truth = np.searchsorted(names, labels)
+    scores = score(queries.embeddings, snapshot, calibration, neighbors=max(KS))
+    answers = _answers(queries, truth, scores, snapshot, scores.accepted(limit))
+    classes = tuple(sorted(set(labels.tolist()) | set(answers.predicted.tolist())))
+    table = confusion(answers.predicted, labels, classes)
+    means = {name: float(np.nanmean(values)) for name, values in answers.measures.items() if np.isfinite(values).any()}
+    splits = [hold_out(bundle, snapshot, queries, split, false_reject=false_reject, seed=seed) for split in held_out]
+    aurc, selective = _selective(answers, seed)
+    per_class, of_classes = _per_class(table, classes, answers, labels, seed)
     return Evaluation(
         bundle=bundle.manifest.id,
+        name=bundle.manifest.name,
         data=queries.images.fingerprint,
         images=len(truth),
+        gallery=len(snapshot.items),
         classes=classes,
         false_reject=false_reject,
-        top1=top1(predicted, truth),
-        accepted_top1=float(np.mean(right & accepted)),
-        false_rejected=float(np.mean(~accepted)),
-        ece=expected_calibration_error(scores.probabilities.max(axis=1), right),
-        knn_top1=top1(names[_vote(queries.embeddings, snapshot)], truth),
-        cluster_top1=top1(names[scores.cluster_similarities.argmax(axis=1)], truth),
-        per_class=tuple(
-            ClassResult(
-                label,
-                int((own := truth == label).sum()),
-                float(right[own].mean()),
-                float((right & accepted)[own].mean()),
-            )
-            for label in sorted(set(truth.tolist()))
-        ),
-        confusion=tuple(tuple(row) for row in confusion(predicted, truth, classes).tolist()),
-        mistakes=_mistakes(queries, predicted, scores),
+        seed=seed,
+        **{name: means.get(name, float("nan")) for name in answers.measures},
+        balanced_accuracy=balanced_accuracy(table),
+        macro_f1=float(np.nanmean(class_rates(table).f1)),
+        ece=expected_calibration_error(answers.confidence, answers.right, bins=BINS),
+        ece_of_vote=expected_calibration_error(answers.vote_confidence, answers.vote_right, bins=BINS),
+        aurc=aurc.value,
+        held_out_auroc=float(np.mean([split.unknown.auroc for split in splits])) if splits else float("nan"),
+        selective=selective,
+        intervals={**_intervals(answers, seed), **of_classes, "aurc": (aurc.low, aurc.high)},
+        knn=_knn(scores, snapshot, truth, seed),
+        per_class=per_class,
+        confusion=tuple(tuple(row) for row in table.tolist()),
+        reliability={
+            "vote": reliability(answers.vote_confidence, answers.vote_right, bins=BINS),
+            "classifier": reliability(answers.confidence, answers.right, bins=BINS),
+        },
+        mistakes=_mistakes(queries, answers, scores, snapshot),
+        leaks=find_leaks(queries, snapshot, scores.neighbors, scores.similarities),
         rejected=queries.images.rejected,
-        unknown=_unknown(scores, right, unknown, bundle, snapshot, false_reject) if unknown else None,
+        speed=measure_speed(bundle, queries),
+        answers=answers,
+        unknown=_unknown(scores, answers.right, unknown, bundle, snapshot, limit, seed) if unknown else None,
+        held_out=tuple(splits),
     )
 
 
-def _check_labels(truth: NDArray[np.str_], names: NDArray[np.str_]) -> None:
-    strange = sorted(set(truth.tolist()) - set(names.tolist()))
-    if strange:
-        raise DataError(
-            f"the gallery has no class {', '.join(map(repr, strange[:5]))}{' …' if len(strange) > 5 else ''}: "
-            "enrol it first, or give these images as --unknown"
+def _answers(
+    queries: Queries, truth: NDArray[np.int64], scores: Scores, snapshot: Snapshot, accepted: NDArray[np.bool_]
+) -> Answers:
+    """Everything that is a mean over the queries, by its name in `Evaluation`."""
+    embeddings, gallery = queries.embeddings, snapshot.items.embeddings
+    names = np.asarray(snapshot.clusters.labels, dtype=np.str_)
+    votes = _votes(scores, snapshot, K)
+    by_vote, by_cluster = votes.argmax(axis=1), scores.cluster_similarities.argmax(axis=1)
+    right = scores.best == truth
+    with progress_bar("ranking the gallery", len(truth)) as advance:
+        found = retrieve(embeddings, truth, gallery, snapshot.classes, progress=advance)
+    measures = {
+        "top1": right,
+        "top5": top_k(scores.probabilities, truth, 5),
+        "accepted_top1": right & accepted,
+        "false_rejected": ~accepted,
+        "knn_top1": by_vote == truth,
+        "cluster_top1": by_cluster == truth,
+        "probe_top1": linear_probe(gallery, snapshot.classes, embeddings) == truth,
+        "agreement": by_vote == by_cluster,
+        **{f"recall_at_{k}": values for k, values in found.recall.items()},
+        "r_precision": found.r_precision,
+        "map_at_r": found.map_at_r,
+        "silhouette": silhouettes(embeddings, truth),
+    }
+    return Answers(
+        predicted=names[scores.best],
+        measures={name: np.asarray(values, dtype=np.float64) for name, values in measures.items()},
+        confidence=scores.probabilities.max(axis=1),
+        vote_confidence=votes.max(axis=1) / votes.sum(axis=1),
+        vote_right=by_vote == truth,
+        similarity=scores.joint,
+    )
+
+
+def _votes(scores: Scores, snapshot: Snapshot, k: int) -> NDArray[np.float64]:
+    near = snapshot.classes[scores.neighbors[:, :k]]
+    return weighted_votes(scores.similarities[:, :k], near, len(snapshot.clusters))
+
+
+def _knn(scores: Scores, snapshot: Snapshot, truth: NDArray[np.int64], seed: int) -> tuple[Knn, ...]:
+    ks = sorted({min(k, scores.neighbors.shape[1]) for k in KS})
+    votes = {k: _votes(scores, snapshot, k) for k in ks}
+    right = [top_k(votes[k], truth, min(most, k)) for k in ks for most in (1, 5)]
+    found = bootstrap_means(np.stack(right, axis=1), seed=seed)
+    return tuple(
+        Knn(k, one.value, (one.low, one.high), five.value, (five.low, five.high))
+        for k, one, five in zip(ks, found[::2], found[1::2], strict=True)
+    )
+
+
+def _selective(answers: Answers, seed: int) -> tuple[Interval, tuple[Selective, ...]]:
+    """The area under the risk–coverage curve, and accuracy at some coverages."""
+
+    def measured(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+        risks = selective_risks(confidences, right)
+        return np.asarray([risks.mean(), *(1 - risk_at_coverage(risks, share) for share in COVERAGES)])
+
+    values = measured(answers.confidence, answers.right).tolist()
+    drawn = bootstrap_draws(measured, (answers.confidence, answers.right), draws=SELECTIVE_DRAWS, seed=seed)
+    aurc, *found = (interval(value, drawn[:, column]) for column, value in enumerate(values))
+    return aurc, tuple(
+        Selective(share, one.value, (one.low, one.high)) for share, one in zip(COVERAGES, found, strict=True)
+    )
+
+
+def _intervals(answers: Answers, seed: int) -> dict[str, tuple[float, float]]:
+    """Of the means, and of both calibration errors."""
+    means = bootstrap_means(np.stack(list(answers.measures.values()), axis=1), seed=seed)
+    found = dict(zip(answers.measures, means, strict=True))
+    for name, confidence, right in (
+        ("ece", answers.confidence, answers.right),
+        ("ece_of_vote", answers.vote_confidence, answers.vote_right),
+    ):
+        bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        surplus = np.where(bins[:, None] == np.arange(BINS), (right - confidence)[:, None], 0)  # (n, bins)
+        drawn = np.abs(bootstrap_sums(surplus, seed=seed)).sum(axis=1) / len(right)
+        found[name] = interval(expected_calibration_error(confidence, right, bins=BINS), drawn)
+    return {name: (one.low, one.high) for name, one in found.items()}
+
+
+def _per_class(
+    table: NDArray[np.int64], classes: tuple[str, ...], answers: Answers, labels: NDArray[np.str_], seed: int
+) -> tuple[tuple[ClassResult, ...], dict[str, tuple[float, float]]]:
+    """Each class, and the intervals of what is a mean over them."""
+    names, rates = np.asarray(classes, dtype=np.str_), class_rates(table)
+    own, named = labels[:, None] == names, answers.predicted[:, None] == names  # (n, c)
+    accepted = own & (answers.measures["accepted_top1"] > 0)[:, None]
+    sums = bootstrap_sums(np.concatenate([own & named, own, named, accepted], axis=1), seed=seed)
+    right, images, answered, taken = np.split(sums.astype(np.float64), 4, axis=1)
+    with np.errstate(invalid="ignore"):
+        shares = accepted.sum(axis=0) / own.sum(axis=0)
+        drawn = {
+            "precision": right / answered,
+            "recall": right / images,
+            "f1": 2 * right / (images + answered),
+            "accepted": taken / images,
+        }
+    values = {"precision": rates.precision, "recall": rates.recall, "f1": rates.f1, "accepted": shares}
+    results = []
+    for column, label in enumerate(classes):
+        found = {name: interval(float(values[name][column]), drawn[name][:, column]) for name in drawn}
+        results.append(
+            ClassResult(
+                label,
+                int(rates.images[column]),
+                **{name: one.value for name, one in found.items()},
+                intervals={name: (one.low, one.high) for name, one in found.items()},
+            )
         )
+    asked = rates.images > 0
+    over_all = {
+        "balanced_accuracy": np.nanmean(drawn["recall"][:, asked], axis=1),
+        "macro_f1": np.nanmean(drawn["f1"], axis=1),
+    }
+    return tuple(results), {name: _bounds(values) for name, values in over_all.items()}
 
 
-def _vote(
-    embeddings: NDArray[np.float32], snapshot: Snapshot, k: int = 20, temperature: float = 0.07
-) -> NDArray[np.int64]:
-    similarities, rows = snapshot.index.search(embeddings, k)
-    weights = np.exp((similarities - 1).astype(np.float64) / temperature)
-    votes = np.zeros((len(embeddings), len(snapshot.clusters)))
-    np.add.at(votes, (np.arange(len(votes))[:, None], snapshot.classes[rows]), weights)
-    return np.asarray(votes.argmax(axis=1))
+def _bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    found = interval(0.0, drawn)
+    return found.low, found.high
 
 
-def _mistakes(queries: Queries, predicted: NDArray[np.str_], scores: Scores, most: int = 24) -> tuple[Mistake, ...]:
-    wrong = np.flatnonzero(predicted != queries.labels)
-    confidence = scores.probabilities[wrong, scores.best[wrong]]
-    images = queries.images
+def _mistakes(queries: Queries, answers: Answers, scores: Scores, snapshot: Snapshot) -> tuple[Mistake, ...]:
+    wrong = np.flatnonzero(~answers.right)
+    images, items = queries.images, snapshot.items
     return tuple(
         Mistake(
             path=images.paths[row].as_posix(),
             truth=str(queries.labels[row]),
-            predicted=str(predicted[row]),
-            probability=float(scores.probabilities[row, scores.best[row]]),
+            predicted=str(answers.predicted[row]),
+            probability=float(answers.confidence[row]),
             thumbnail=images.thumbnails[row],
+            neighbors=tuple(
+                (items.label(near), float(similarity), items.thumbnails[near])
+                for near, similarity in zip(
+                    scores.neighbors[row, :MISTAKEN_NEIGHBORS].tolist(),
+                    scores.similarities[row, :MISTAKEN_NEIGHBORS].tolist(),
+                    strict=True,
+                )
+            ),
         )
-        for row in wrong[np.argsort(-confidence, kind="stable")][:most]
+        for row in wrong[np.argsort(-answers.confidence[wrong], kind="stable")][:MOST_MISTAKES]
     )
 
 
@@ -235,17 +261,8 @@ def _unknown(
     unknown: Queries,
     bundle: Bundle,
     snapshot: Snapshot,
-    false_reject: float,
+    limit: float,
+    seed: int,
 ) -> UnknownResult:
-    calibration = bundle.manifest.calibration
-    strangers = score(unknown.embeddings, snapshot, calibration)
-    near, strange = -known.deviations, -strangers.deviations
-    return UnknownResult(
-        images=len(strange),
-        accepted=float(strangers.accepted(calibration.limit(false_reject)).mean()),
-        auroc=auroc(near, strange),
-        aupr=average_precision(near, strange),
-        oscr=oscr(near, right, strange),
-        unknown_accepted_at_95=unknown_accepted_at_95(near, strange),
-        known_rejected_at_95=known_rejected_at_95(near, strange),
-    )
+    strange = score(unknown.embeddings, snapshot, bundle.manifest.calibration)
+    return measure_unknown(known, right, strange, limit, seed)

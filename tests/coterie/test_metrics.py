@@ -1,13 +1,27 @@
 """Metrics against slow counts that follow the definitions, and against scikit-learn where it has the function."""
 
 import doctest
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, confusion_matrix, roc_curve
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    recall_score,
+    roc_curve,
+)
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_calibration_error,
+    multiclass_accuracy,
+)
 
 from coterie import metrics
 
@@ -143,3 +157,96 @@ def test_nothing_to_measure_is_nan_and_not_zero() -> None:
         assert np.isnan(measure(some, none))
     assert np.isnan(metrics.oscr(none, nothing, some))
     assert np.isnan(metrics.oscr(some, some > 0, none))
+
+
+probabilities = st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=1, max_size=40)
+
+
+@given(probabilities, st.integers(1, 6))
+def test_top_k_counts_equal_scores_in_class_order(rows: list[list[int]], k: int) -> None:
+    scores = np.asarray(rows, dtype=np.float64)
+    truth = np.arange(len(rows)) % 4
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(metrics.top_k(scores, truth, k), (order == truth[:, None]).any(axis=1))
+
+
+def test_top_k_is_torchmetrics_without_ties() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth = rng.random((200, 7)), rng.integers(7, size=200)
+    for k in (1, 3, 5):
+        expected = multiclass_accuracy(torch.from_numpy(scores), torch.from_numpy(truth), 7, top_k=k, average="micro")
+        assert metrics.top_k(scores, truth, k).mean() == pytest.approx(float(expected), abs=1e-6)
+
+
+@given(pairs)
+def test_class_rates_are_scikit_learns(answers: list[tuple[str, str]]) -> None:
+    truth, predicted = (np.asarray(column) for column in zip(*answers, strict=True))
+    table = metrics.confusion(predicted, truth, ("a", "b", "c", "d"))
+    found = metrics.class_rates(table)
+    expected = precision_recall_fscore_support(truth, predicted, labels=list("abcd"), zero_division=np.nan)
+    for ours, theirs in zip((found.precision, found.recall, found.f1, found.images), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    own = [recall_score(truth, predicted, labels=[name], average="macro") for name in sorted(set(truth))]
+    assert metrics.balanced_accuracy(table) == pytest.approx(np.mean(own), abs=1e-6)
+
+
+def test_nothing_to_measure_is_nan() -> None:
+    assert np.isnan(metrics.balanced_accuracy(np.zeros((3, 3), dtype=np.int64)))
+    assert np.isnan(metrics.risk_at_coverage(metrics.selective_risks(np.empty(0), np.empty(0, dtype=np.bool_)), 0.5))
+
+
+@given(answers)
+def test_reliability_is_what_the_calibration_error_is_made_of(found: list[tuple[float, bool]]) -> None:
+    confidences = np.asarray([confidence for confidence, _ in found])
+    right = np.asarray([was for _, was in found])
+    bins = metrics.reliability(confidences, right)
+    assert bins.counts.sum() == len(found)
+    error = np.nansum(bins.counts * np.abs(bins.accuracy - bins.confidence)) / len(found)
+    assert error == pytest.approx(metrics.expected_calibration_error(confidences, right), abs=1e-6)
+
+
+def test_the_calibration_error_is_torchmetrics() -> None:
+    rng = np.random.default_rng(1)
+    confidences = rng.random(500)
+    right = rng.random(500) < confidences**1.5
+    expected = binary_calibration_error(torch.from_numpy(confidences), torch.from_numpy(right.astype(int)), n_bins=15)
+    assert metrics.expected_calibration_error(confidences, right) == pytest.approx(float(expected), abs=1e-6)
+
+
+@given(answers)
+def test_selective_risks_are_the_mean_over_the_orders_of_equal_ones(found: list[tuple[float, bool]]) -> None:
+    confidences = np.round([confidence for confidence, _ in found], 1)
+    right = np.asarray([was for _, was in found])
+    risks = metrics.selective_risks(confidences, right)
+    assert risks[-1] == pytest.approx((~right).mean())
+    for i in (0, len(risks) // 2):
+        surer, equal = confidences > np.sort(confidences)[::-1][i], confidences == np.sort(confidences)[::-1][i]
+        expected = (~right[surer]).sum() + (i + 1 - surer.sum()) * (~right[equal]).mean()
+        assert risks[i] == pytest.approx(expected / (i + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda bad: metrics.top_k(bad[:, None], np.zeros(3, dtype=np.int64), 1),
+        lambda bad: metrics.reliability(bad, np.ones(3, dtype=np.bool_)),
+        lambda bad: metrics.expected_calibration_error(bad, np.ones(3, dtype=np.bool_)),
+        lambda bad: metrics.selective_risks(bad, np.ones(3, dtype=np.bool_)),
+        lambda bad: metrics.auroc(bad, np.ones(3)),
+        lambda bad: metrics.average_precision(bad, np.ones(3)),
+        lambda bad: metrics.unknown_accepted_at_95(np.ones(3), bad),
+        lambda bad: metrics.oscr(bad, np.ones(3, dtype=np.bool_), np.ones(3)),
+    ],
+)
+def test_nan_is_refused(measure: Callable[[NDArray[np.float64]], object]) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        measure(np.array([0.5, np.nan, 0.2]))
+
+
+@given(scores, scores)
+def test_auroc_and_average_precision_are_torchmetrics(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> None:
+    both = torch.sigmoid(torch.from_numpy(np.concatenate([known, unknown])))
+    truth = torch.tensor([1] * len(known) + [0] * len(unknown))
+    assert metrics.auroc(known, unknown) == pytest.approx(float(binary_auroc(both, truth)), abs=1e-6)
+    expected = float(binary_average_precision(both, truth))
+    assert metrics.average_precision(known, unknown) == pytest.approx(expected, abs=1e-6)

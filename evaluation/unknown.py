@@ -1,0 +1,134 @@
+"""How well images of no known class are told from the others: a folder of such, or classes left out of the gallery."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.bundle import Bundle
+from coterie.classifier import Scores, score
+from coterie.errors import DataError
+from coterie.gallery import Snapshot
+from coterie.intervals import Interval, bootstrap, bootstrap_means
+from coterie.metrics import auroc, average_precision, known_rejected_at_95, oscr, unknown_accepted_at_95
+from coterie.reference import LabelledVectors
+from evaluation.queries import Queries
+
+__all__ = ["DRAWS", "RANDOM", "HeldOut", "UnknownResult", "hold_out", "measure_unknown", "random_splits"]
+
+RANDOM = "random"
+SPLITS, UNKNOWN_SHARE = 5, 0.4  # of ten classes four, as the splits that open-set papers share (arXiv 2110.06207)
+# AUROC, AUPR and OSCR sort all images in each draw.
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class UnknownResult:
+    """Of known against unknown images, by deviation; see coterie.metrics.
+
+    Attributes:
+        images: how many unknown images.
+        accepted: share of the unknown that was given a label.
+        aupr: with the known as positives; `aupr_unknown` with the unknown.
+        oscr: AUROC that counts rightly labelled images only.
+        unknown_accepted_at_95: FPR95 of KNN-OOD and CIDER: share of the unknown accepted where 95 % of the known are.
+        known_rejected_at_95: FPR95 of OpenOOD: share of the known rejected where 95 % of the unknown are.
+        intervals: low and high of each.
+        similarities: of the unknown images to their most probable class, (n,).
+        known_scores, unknown_scores: what was compared, higher for images that look known; (m,) and (n,).
+    """
+
+    images: int
+    accepted: float
+    auroc: float
+    aupr: float
+    aupr_unknown: float
+    oscr: float
+    unknown_accepted_at_95: float
+    known_rejected_at_95: float
+    intervals: dict[str, tuple[float, float]]
+    similarities: NDArray[np.float64] = field(repr=False)
+    known_scores: NDArray[np.float64] = field(repr=False)
+    unknown_scores: NDArray[np.float64] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A split: `classes` were taken from the gallery, the queries of all others are the known ones.
+
+    Attributes:
+        top1: share of right labels among the known.
+    """
+
+    classes: tuple[str, ...]
+    known: int
+    top1: float
+    top1_interval: tuple[float, float]
+    unknown: UnknownResult
+
+
+def measure_unknown(known: Scores, right: NDArray[np.bool_], strange: Scores, limit: float, seed: int) -> UnknownResult:
+    """Measure from the scores of known images, whether their labels are right (n,), and those of unknown ones."""
+    near, far = -known.deviations, -strange.deviations
+    accepted = strange.accepted(limit)
+    measures: dict[str, Interval] = {
+        "accepted": bootstrap_means(accepted[:, None], seed=seed)[0],
+        "auroc": bootstrap(auroc, (near,), (far,), draws=DRAWS, seed=seed),
+        "aupr": bootstrap(average_precision, (near,), (far,), draws=DRAWS, seed=seed),
+        "aupr_unknown": bootstrap(lambda k, u: average_precision(-u, -k), (near,), (far,), draws=DRAWS, seed=seed),
+        "oscr": bootstrap(oscr, (near, right), (far,), draws=DRAWS, seed=seed),
+        "unknown_accepted_at_95": bootstrap(unknown_accepted_at_95, (near,), (far,), draws=DRAWS, seed=seed),
+        "known_rejected_at_95": bootstrap(known_rejected_at_95, (near,), (far,), draws=DRAWS, seed=seed),
+    }
+    return UnknownResult(
+        images=len(far),
+        **{name: found.value for name, found in measures.items()},
+        intervals={name: (found.low, found.high) for name, found in measures.items()},
+        similarities=strange.joint,
+        known_scores=near,
+        unknown_scores=far,
+    )
+
+
+def random_splits(classes: Sequence[str], seed: int) -> tuple[tuple[str, ...], ...]:
+    """Five draws of two fifths of the classes, at least one and not all.
+
+    Raises:
+        DataError: there are fewer than two classes.
+    """
+    if len(classes) < 2:
+        raise DataError(f"--hold-out needs two classes or more, the gallery has {len(classes)}")
+    count = min(max(1, round(UNKNOWN_SHARE * len(classes))), len(classes) - 1)
+    rng = np.random.default_rng(seed)
+    return tuple(tuple(sorted(rng.choice(classes, count, replace=False).tolist())) for _ in range(SPLITS))
+
+
+def hold_out(
+    bundle: Bundle, snapshot: Snapshot, queries: Queries, classes: Sequence[str], *, false_reject: float, seed: int = 0
+) -> HeldOut:
+    """Take classes from the gallery and meet their queries as unknown ones.
+
+    The encoder was trained on these classes, as a rule, and the thresholds were calibrated with them: that is kinder
+    than classes that were never seen.
+
+    Raises:
+        DataError: the gallery lacks one of the classes, or nothing would be left to ask.
+    """
+    strange = sorted(set(classes) - set(snapshot.clusters.labels))
+    if strange:
+        raise DataError(f"--hold-out: the gallery has no class {', '.join(map(repr, strange))}")
+    rest = LabelledVectors(snapshot.items.embeddings, snapshot.classes, snapshot.clusters)
+    if len(set(classes)) >= len(snapshot.clusters):
+        raise DataError("--hold-out leaves no class in the gallery")
+    for label in sorted(set(classes)):
+        rest = rest.without(rest.clusters.labels.index(label))
+    out = np.isin(queries.labels, list(classes))
+    if out.all() or not out.any():
+        raise DataError(f"--hold-out {','.join(classes)}: images are needed of these classes and of others")
+    calibration = bundle.manifest.calibration
+    known, unknown = (score(queries.embeddings[rows], rest, calibration) for rows in (~out, out))
+    right = np.asarray(rest.clusters.labels, dtype=np.str_)[known.best] == queries.labels[~out]
+    found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed)
+    top1 = bootstrap_means(right[:, None], seed=seed)[0]
+    return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, (top1.low, top1.high), found)

@@ -1,0 +1,59 @@
+"""Intervals against slow resampling, coverage of the truth, and McNemar's test against counts."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from coterie.intervals import bootstrap, bootstrap_means, bootstrap_sums, mcnemar
+
+
+def test_sums_are_those_of_rows_drawn_with_replacement() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 3))
+    drawn = bootstrap_sums(values, draws=20, seed=5)
+    rng = np.random.default_rng(5)
+    expected = [values[rows].sum(axis=0) for rows in rng.integers(50, size=(20, 50))]
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
+
+
+def test_the_mean_path_is_the_general_one_in_distribution() -> None:
+    right = (np.random.default_rng(1).random(400) < 0.8).astype(np.float64)
+    fast = bootstrap_means(right[:, None], draws=4000)[0]
+    slow = bootstrap(lambda x: float(x.mean()), (right,), draws=4000, seed=1)
+    assert fast.value == slow.value == right.mean()
+    assert fast.low == pytest.approx(slow.low, abs=0.005)
+    assert fast.high == pytest.approx(slow.high, abs=0.005)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(2)
+    held = 0
+    for seed in range(300):
+        interval = bootstrap_means((rng.random((300, 1)) < 0.7).astype(np.float64), draws=300, seed=seed)[0]
+        held += interval.low <= 0.7 <= interval.high
+    assert 0.90 <= held / 300 <= 0.985
+
+
+def test_nan_rows_do_not_count_and_nothing_is_nan() -> None:
+    values = np.array([[1.0, np.nan], [0.0, np.nan], [np.nan, np.nan]])
+    first, second = bootstrap_means(values, draws=200)
+    assert first.value == 0.5
+    assert np.isnan([second.value, second.low, second.high]).all()
+    assert np.isnan(bootstrap(lambda x: float("nan"), (np.empty(0),)).low)
+
+
+def test_one_seed_one_answer() -> None:
+    values = np.random.default_rng(3).random((80, 2))
+    assert bootstrap_means(values, seed=4) == bootstrap_means(values, seed=4)
+    assert bootstrap_means(values, seed=4) != bootstrap_means(values, seed=5)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_mcnemar_adds_up_the_splits_as_uneven(answers: list[tuple[bool, bool]]) -> None:
+    first, second = np.asarray(answers).T
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    n, uneven = only_first + only_second, abs(only_first - only_second)
+    expected = sum(binom.pmf(i, n, 0.5) for i in range(n + 1) if abs(n - 2 * i) >= uneven)
+    assert mcnemar(first, second) == pytest.approx(expected, abs=1e-6)
+    assert mcnemar(first, second) == mcnemar(second, first)

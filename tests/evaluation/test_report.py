@@ -1,0 +1,112 @@
+"""The report stands alone, shows what was measured and escapes what it shows."""
+
+import html
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.evaluate import evaluate
+from evaluation.figures import figures, on_map
+from evaluation.queries import Queries, embed_folder
+from evaluation.report import summary, write_report
+from evaluation.study import Study, Wanted, run_study
+
+
+@pytest.fixture(scope="module")
+def study(tiny_bundle, digit_tree_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    known = digit_tree_of(folder / "known", classes=range(8), per_class=6, skip=100)
+    unknown = digit_tree_of(folder / "unknown", classes=(8, 9), per_class=6)
+    wanted = Wanted(unknown=unknown, hold_out="1,2", corruptions=True, few_shot=True, device="cpu")
+    return run_study(tiny_bundle.path, known, [tiny_bundle.path], wanted)
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(study, path)
+    return path.read_text("utf-8")
+
+
+def outside_scripts(page):
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_nothing_is_loaded(page):
+    assert re.findall(r"<script[^>]", page) == []
+    assert re.search(r"<(link|iframe|object)", outside_scripts(page)) is None
+    sources = re.findall(r"""(?:src|href)=["']?([^"' >]+)""", outside_scripts(page))
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "@import" not in page.partition("</style>")[0]
+
+
+def test_it_shows_the_numbers(page, study):
+    text = html.unescape(outside_scripts(page))
+    for name in ("top1", "knn_top1", "map_at_r", "ece", "silhouette", "recall_at_10"):
+        assert f"{getattr(study.first, name):.4f}" in text
+    assert f"{study.first.unknown.oscr:.4f}" in text
+    assert study.first.bundle in text
+    assert study.first.data in text
+    assert summary(study) in text
+
+
+def test_every_figure_has_its_place(page, study):
+    drawn = set(figures(study))
+    assert drawn == {
+        *("confusion", "reliability", "coverage", "similarities", "knn", "map", "corruptions", "severity", "shots")
+    }
+    for name in drawn:
+        assert f'id="{name}"' in page
+
+
+def test_mistakes_come_with_their_neighbours(page, study):
+    text = html.unescape(outside_scripts(page))
+    for mistake in study.first.mistakes:
+        assert mistake.path in text
+        assert len(mistake.neighbors) == 5
+    assert page.count("<figure>") >= len(study.first.mistakes)
+
+
+def test_what_it_shows_cannot_write_html(tiny_bundle, study, tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    images = replace(study.queries.images, classes=(evil, *study.queries.images.classes[1:]))
+    queries = Queries(images, study.queries.embeddings, study.queries.seconds)
+    first = replace(
+        study.first,
+        name=evil,
+        classes=(evil, *study.first.classes[1:]),
+        per_class=(replace(study.first.per_class[0], label=evil), *study.first.per_class[1:]),
+    )
+    write_report(Study.of(tiny_bundle, queries, first), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert evil not in page
+    assert "<img src=x" not in page
+    assert html.escape(evil) in page
+
+
+def test_the_map_carries_a_picture_of_every_point(page, study):
+    rows = on_map(study)
+    carried = re.search(r"thumbnails = (\[.*?\]);", page).group(1)
+    assert len(json.loads(carried)) == len(rows)
+    points = figures(study)["map"].to_plotly_json()["data"]
+    assert sorted(number for trace in points for number in trace["customdata"]) == list(range(len(rows)))
+
+
+def test_a_handful_of_images_without_extras_has_a_report(tiny_bundle, digit_tree_of, tmp_path):
+    queries = embed_folder(tiny_bundle, digit_tree_of(tmp_path / "few", classes=(3,), per_class=2, skip=100))
+    study = Study.of(tiny_bundle, queries, evaluate(tiny_bundle, queries))
+    write_report(study, tmp_path / "report.html")
+    assert "corruptions" not in figures(study)
+    assert np.isnan(study.first.silhouette)
+    assert "NaN" not in (tmp_path / "report.html").read_text("utf-8").rpartition("<script>")[2]
+
+
+def test_bundles_are_compared_on_one_class_too(tiny_bundle, digit_tree_of, tmp_path):
+    data = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=3, skip=100)
+    study = run_study(tiny_bundle.path, data, [tiny_bundle.path], Wanted(device="cpu"))
+    write_report(study, tmp_path / "report.html")
+    page = outside_scripts((tmp_path / "report.html").read_text("utf-8"))
+    assert "nan" not in re.sub(r"data:image[^\"]*", "", page)

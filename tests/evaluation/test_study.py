@@ -1,0 +1,182 @@
+"""Several bundles on the same images, corruptions, few images, gates: as one command asks for them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from coterie.bundle import Bundle, write_bundle
+from coterie.clusters import ClassClusters
+from coterie.errors import CoterieError, DataError
+from coterie.gallery import Snapshot
+from evaluation.compare import check_same_images
+from evaluation.corruptions import CORRUPTIONS, corrupt
+from evaluation.few_shot import SHOTS
+from evaluation.queries import embed_folder
+from evaluation.robustness import relative_error
+from evaluation.study import Gate, Study, Wanted, check_wanted, run_study
+
+
+@pytest.fixture(scope="module")
+def data(digit_tree_of, tmp_path_factory):
+    return digit_tree_of(tmp_path_factory.mktemp("study") / "test", classes=range(8), per_class=8, skip=100)
+
+
+@pytest.fixture(scope="module")
+def poorer(tiny_bundle, tmp_path_factory):
+    """The same encoder with three gallery images of each class."""
+    items = tiny_bundle.base.items
+    rows = np.concatenate([np.flatnonzero(items.labels == label)[:3] for label in tiny_bundle.manifest.classes])
+    few = items.select(rows)
+    snapshot = Snapshot(few, ClassClusters.fit(few.embeddings, few.labels))
+    manifest = tiny_bundle.manifest.model_copy(update={"name": "poorer", "gallery_size": len(few)})
+    return write_bundle(
+        tmp_path_factory.mktemp("poorer") / "bundle",
+        model=(tiny_bundle.path / "model.onnx").read_bytes(),
+        snapshot=snapshot,
+        card="# Poorer\n",
+        manifest=manifest,
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tiny_bundle, poorer, data):
+    wanted = Wanted(corruptions=True, few_shot=True, hold_out="random", device="cpu", threads=1)
+    return run_study(tiny_bundle.path, data, [poorer.path], wanted)
+
+
+def test_a_comparison_is_paired_and_holds_the_difference(study):
+    (comparison,) = study.comparisons
+    first, other = study.evaluations
+    assert (comparison.first, comparison.other) == ("tiny-digits", "poorer")
+    for one in comparison.differences:
+        assert one.difference == pytest.approx(one.first - one.other, abs=1e-6)
+        if one.measure != "ece":  # whose draws are larger than the sample's
+            assert one.low - 1e-6 <= one.difference <= one.high + 1e-6
+    for name in ("top1", "knn_top1", "map_at_r", "ece"):
+        assert comparison[name].first == pytest.approx(getattr(first, name))
+        assert comparison[name].other == pytest.approx(getattr(other, name))
+    assert comparison["knn_top1"].p <= 1
+    assert comparison["map_at_r"].p is None
+    assert comparison["corruption_error"].first == pytest.approx(study.robustness[0].mean_error)
+
+
+def test_a_bundle_does_not_differ_from_itself(tiny_bundle, data, tmp_path):
+    twin = shutil.copytree(tiny_bundle.path, tmp_path / "twin")
+    found = run_study(tiny_bundle.path, data, [twin], Wanted(device="cpu"))
+    assert found.names == ("bundle", "twin")
+    assert found.to_json()["compared"][0]["name"] == "twin"
+    for one in found.comparisons[0].differences:
+        assert (one.difference, one.low, one.high) == (0, 0, 0) or one.measure == "ece"
+        assert one.p in (None, 1)
+    assert not any(one.clear for one in found.comparisons[0].differences)
+    assert Gate(max_drop=0).failures(found) == []
+
+
+def test_other_images_are_not_compared(tiny_bundle, data, digit_tree_of, tmp_path):
+    queries = embed_folder(tiny_bundle, data)
+    with pytest.raises(DataError, match="same images"):
+        check_same_images(queries, queries.select(queries.labels != "3"))
+
+
+def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundle, study):
+    found, images = study.robustness[0], study.queries.images
+    for name, severity in (("gaussian_noise", 5), ("elastic_transform", 1), ("jpeg_compression", 3)):
+        corrupted = [corrupt(image, name, severity, seed=0, index=i) for i, image in enumerate(images.pixels)]
+        answers = tiny_bundle.classify(corrupted)
+        wrong = [answer.classes[0].label != label for answer, label in zip(answers, study.queries.labels, strict=True)]
+        assert found.errors[name][severity - 1] == pytest.approx(np.mean(wrong), abs=1e-6)
+        refused = np.mean([not answer.known for answer in answers])
+        assert found.refused[name][severity - 1] == pytest.approx(refused, abs=1e-6)
+    errors = np.asarray(list(found.errors.values()))
+    assert errors.shape == (15, 5)
+    bounds = np.asarray(list(found.error_intervals.values()))
+    assert (bounds[..., 0] <= errors + 1e-6).all() and (errors <= bounds[..., 1] + 1e-6).all()
+    assert list(found.errors) == list(CORRUPTIONS)
+    assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
+    np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
+    assert found.clean_error == pytest.approx(1 - study.first.top1)
+
+
+def test_relative_error_is_the_mean_of_the_ratios_of_sums(study):
+    one, two = study.robustness
+    ratios = [sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])]
+    assert relative_error(one, two) == pytest.approx(np.mean(ratios))
+    assert study.comparisons[0].relative_corruption_error == pytest.approx(np.mean(ratios))
+    assert relative_error(one, one) == pytest.approx(1)
+
+
+def test_more_gallery_images_serve_better(study):
+    for found in study.few_shot:
+        assert [few.shots for few in found] == list(SHOTS)
+        assert found[-1].classifier >= found[0].classifier
+        assert all(0 <= few.cluster <= 1 and few.knn_deviation >= 0 for few in found)
+
+
+def test_one_image_of_each_class_leaves_nothing_to_the_vote_but_the_nearest(study):
+    one = study.few_shot[0][0]
+    assert one.knn == pytest.approx(one.cluster, abs=1e-6)
+
+
+def test_five_splits_hold_out_two_fifths_of_the_classes(study):
+    splits = [split.classes for split in study.first.held_out]
+    assert len(splits) == 5
+    assert all(len(classes) == 3 for classes in splits)
+    assert splits == [split.classes for split in study.evaluations[1].held_out]
+
+
+def test_the_json_says_what_it_was_made_from(study):
+    values = json.loads(json.dumps(study.to_json(), allow_nan=False))
+    assert values["bundle"] == study.first.bundle
+    assert values["data"] == study.first.data
+    assert values["seed"] == 0
+    assert values["provenance"]["versions"]["numpy"] == np.__version__
+    assert values["compared"][0]["name"] == "poorer"
+    assert len(values["robustness"]["errors"]) == 15
+    assert len(values["few_shot"]) == 5
+
+
+def test_the_same_seed_gives_the_same_numbers(tiny_bundle, data, study):
+    wanted = Wanted(few_shot=True, hold_out="random", device="cpu", threads=1)
+    again = run_study(tiny_bundle.path, data, (), wanted).to_json()
+    first = study.to_json()
+    for name in ("intervals", "few_shot", "held_out", "knn", "per_class"):
+        assert again[name] == first[name]
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason"),
+    [
+        (Gate(min_top1=1.0), "top-1 is"),
+        (Gate(max_ece=0.0), "calibration error is"),
+        (Gate(max_drop=0.0), "of tiny-digits, more than --max-drop 0"),
+    ],
+)
+def test_a_gate_that_does_not_hold_gives_its_reason(tiny_bundle, poorer, data, gate, reason):
+    found = run_study(poorer.path, data, [tiny_bundle.path], Wanted(device="cpu"))
+    (failure,) = gate.failures(found)
+    assert reason in failure
+
+
+def test_gates_that_hold_give_none(study):
+    assert Gate(min_top1=study.first.top1, max_ece=study.first.ece, max_drop=0.0).failures(study) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gate", "message"),
+    [
+        (Wanted(), Gate(max_drop=0.1), "--compare"),
+        (Wanted(), Gate(max_ece=5), "--max-ece is 5"),
+        (Wanted(seed=-1), Gate(), "--seed is -1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_any_work(wanted, gate, message):
+    with pytest.raises(CoterieError, match=message):
+        check_wanted(wanted, gate, ())
+
+
+def test_a_single_evaluation_is_a_study(tiny_bundle, study):
+    alone = Study.of(tiny_bundle, study.queries, study.first)
+    assert isinstance(alone.bundle, Bundle)
+    assert alone.to_json()["robustness"] is None
