@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -28,14 +29,25 @@ def engine_of(request: Request) -> Engine:
 
 def query_of(request: Request, schema: type[Query]) -> Query:
     """The query's values; one that is given more than once is a list."""
+    if not request.scope["query_string"]:
+        return _without_query(schema)
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         given.setdefault(name, []).append(value)
+    return _validated(schema, {name: values if values[1:] else values[0] for name, values in given.items()})
+
+
+def _validated(schema: type[Query], given: dict[str, Any]) -> Query:
     try:
-        return schema.model_validate({name: values if values[1:] else values[0] for name, values in given.items()})
+        return schema.model_validate(given)
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
         raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error
+
+
+@cache
+def _without_query(schema: type[Query]) -> Query:
+    return _validated(schema, {})  # frozen, so that requests may share it
 
 
 def check_model(name: str | None, engine: Engine) -> None:

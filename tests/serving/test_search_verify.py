@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
 from coterie.bundle import Bundle
@@ -135,9 +136,17 @@ def test_equal_looking_filters_of_different_types_are_not_answered_as_one(digit_
 
     async def ask() -> list[Any]:
         image = digit_images.images[0]
-        gate, real = threading.Event(), engine._encoder.embed
-        engine._encoder.embed = lambda pixels: gate.wait(20) and real(pixels)  # type: ignore[method-assign]
+        begun, gate, real = threading.Event(), threading.Event(), engine._encoder.embed
+
+        def embed(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            begun.set()
+            assert gate.wait(20)
+            return real(pixels)
+
+        engine._encoder.embed = embed  # type: ignore[method-assign]
         first = asyncio.ensure_future(engine.answer([image], None))
+        while not begun.is_set():
+            await asyncio.sleep(0)
         both = [asyncio.ensure_future(engine.answer([image], Search.of(5, [], {"flag": flag}))) for flag in (1, True)]
         while engine.waiting < 2:
             await asyncio.sleep(0)
