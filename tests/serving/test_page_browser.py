@@ -120,6 +120,30 @@ def locked(app):  # type: ignore[no-untyped-def]
     return guarded
 
 
+def test_the_page_works_below_a_path_of_a_proxy(
+    tab: Tab, service_of: Callable[..., str], tiny_bundle: Bundle, digit_images, tmp_path: Path
+) -> None:
+    url = f"{service_of(tiny_bundle, wrap=below_photos)}/photos/"
+    tab.open(url)
+    ready(tab)
+    tab.choose("#files", written(tmp_path, {"a.png": digit_images.images[0]}))
+    tab.until("document.querySelectorAll('.near img').length === 5")
+    tab.open(f"{url}docs")
+    tab.run("document.querySelector('header a[href=\"./\"]').click()")
+    tab.until(f"location.href === {url!r}")
+    assert tab.complaints == []
+
+
+def below_photos(app):  # type: ignore[no-untyped-def]
+    """The application as a proxy's `location /photos/` shows it."""
+
+    async def moved(scope, receive, send):  # type: ignore[no-untyped-def]
+        assert scope["path"].startswith("/photos/"), scope["path"]
+        await app({**scope, "path": scope["path"].removeprefix("/photos")}, receive, send)
+
+    return moved
+
+
 @pytest.mark.parametrize("path", ["", "docs"])
 @pytest.mark.parametrize("width", [1280, 400])
 def test_pages_fit_their_width_in_light_and_dark(tab: Tab, url: str, width: int, path: str) -> None:
