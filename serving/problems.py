@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from serving import schemas
 
-__all__ = ["ANYWHERE", "DESCRIBED", "Described"]
+__all__ = ["ANYWHERE", "AT_THE_DOOR", "DESCRIBED", "Described"]
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,6 @@ DESCRIBED = {
     ),
 }  # fmt: skip
 
-# What any request may get, beside the errors of its route.
-ANYWHERE = ("unauthorized", "forbidden", "uri_too_long", "headers_too_large", "internal_error")
+# What any request may get before its route sees it, and from any route of ours.
+AT_THE_DOOR = ("unauthorized", "forbidden", "uri_too_long", "headers_too_large")
+ANYWHERE = (*AT_THE_DOOR, "internal_error")
