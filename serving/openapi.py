@@ -39,6 +39,7 @@ HEADERS = {
     "x-queue-time": "Milliseconds that the slowest image waited for the encoder.",
     "x-inference-time": "Milliseconds that the encoder took.",
     "ETag": "Of this version; send it as If-None-Match.",
+    "WWW-Authenticate": "Bearer.",
     "Retry-After": "Seconds after which the same request may succeed.",
 }
 COMPONENTS = "#/components/"
@@ -242,10 +243,10 @@ def _errors(operation: Operation, always: tuple[str, ...]) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for status, same in groupby(codes, key=lambda code: DESCRIBED[code].status):
         group = list(same)
-        again = any("Retry-After" in DESCRIBED[code].when for code in group) or status == 504
+        headers = {name for code in group for name in DESCRIBED[code].headers}
         written[str(status)] = {
             "description": " ".join(f"`{code}`: {DESCRIBED[code].when}" for code in group),
-            "headers": _headers("X-Request-Id", *(["Retry-After"] if again else [])),
+            "headers": _headers("X-Request-Id", *sorted(headers)),
             "content": {
                 "application/json": {
                     "schema": {"$ref": f"{COMPONENTS}schemas/ErrorAnswer"},
