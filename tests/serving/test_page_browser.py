@@ -105,8 +105,9 @@ def test_an_error_of_the_service_is_shown_and_the_key_asked_for(
     assert tab.run("document.getElementById('error').hidden")
     assert tab.run("[sessionStorage.getItem('coterie-key'), localStorage.length]") == ["sesame", 0]
     tab.choose("#files", written(tmp_path, {"a.png": digit_images.images[0]}))
-    tab.until("document.querySelectorAll('.near img').length === 5")  # pictures take the key along
-    assert tab.run("document.querySelector('.near img').complete")
+    # Pictures take the key along.
+    tab.until("document.querySelectorAll('.near img').length === 5")
+    tab.until("document.querySelector('.near img').naturalWidth > 0")
 
 
 def locked(app):  # type: ignore[no-untyped-def]
