@@ -11,8 +11,9 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.routing import Route
 
 from serving import schemas
-from serving.operations import BENTOML, OPERATIONS, Answer, Operation, Parameter
-from serving.problems import ANYWHERE, DESCRIBED
+from serving.operation import Answer, Operation, Parameter
+from serving.operations import BENTOML, OPERATIONS
+from serving.problems import ANYWHERE, AT_THE_DOOR, DESCRIBED
 from serving.tensors import NPY
 
 __all__ = ["describe", "methods_of"]
@@ -38,6 +39,7 @@ HEADERS = {
     "x-queue-time": "Milliseconds that the slowest image waited for the encoder.",
     "x-inference-time": "Milliseconds that the encoder took.",
     "ETag": "Of this version; send it as If-None-Match.",
+    "WWW-Authenticate": "Bearer.",
     "Retry-After": "Seconds after which the same request may succeed.",
 }
 COMPONENTS = "#/components/"
@@ -145,7 +147,7 @@ def _models(given: Any) -> Iterator[Model]:
 
 
 def _operation(operation: Operation, names: dict[str, str], found: _Schemas, *, ours: bool) -> dict[str, Any]:
-    """What is said of one method of one path; of errors only where they are `ours`."""
+    """What is said of one method of one path; BentoML's errors of its own are its own."""
     written: dict[str, Any] = {"tags": [operation.tag], **names}
     if operation.description:
         written["description"] = operation.description
@@ -159,8 +161,8 @@ def _operation(operation: Operation, names: dict[str, str], found: _Schemas, *, 
     written["responses"] = {
         str(status): _answer(answer, found, ours=ours) for status, answer in operation.answers.items()
     }
-    if ours:
-        written["responses"] |= _errors(operation)
+    if ours or not operation.open:  # nobody stands before the probes
+        written["responses"] |= _errors(operation, ANYWHERE if ours else AT_THE_DOOR)
     if operation.samples:
         written["x-codeSamples"] = [
             {"lang": "Shell", "label": sample.title, "source": f"curl -s {sample.arguments}"}
@@ -234,17 +236,17 @@ def _answer(answer: Answer, found: _Schemas, *, ours: bool) -> dict[str, Any]:
     return written
 
 
-def _errors(operation: Operation) -> dict[str, Any]:
-    codes = sorted({*operation.errors, *ANYWHERE}, key=lambda code: (DESCRIBED[code].status, code))
+def _errors(operation: Operation, always: tuple[str, ...]) -> dict[str, Any]:
+    codes = sorted({*operation.errors, *always}, key=lambda code: (DESCRIBED[code].status, code))
     if operation.open:
         codes = [code for code in codes if code not in ("unauthorized", "forbidden")]
     written: dict[str, Any] = {}
     for status, same in groupby(codes, key=lambda code: DESCRIBED[code].status):
         group = list(same)
-        again = any("Retry-After" in DESCRIBED[code].when for code in group) or status == 504
+        headers = {name for code in group for name in DESCRIBED[code].headers}
         written[str(status)] = {
             "description": " ".join(f"`{code}`: {DESCRIBED[code].when}" for code in group),
-            "headers": _headers("X-Request-Id", *(["Retry-After"] if again else [])),
+            "headers": _headers("X-Request-Id", *sorted(headers)),
             "content": {
                 "application/json": {
                     "schema": {"$ref": f"{COMPONENTS}schemas/ErrorAnswer"},

@@ -3,82 +3,13 @@
 Summaries are the routes' own docstrings, and schemas those of the code; here stands what neither can tell.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from pydantic import BaseModel
-
 from coterie.bundle import Manifest
 from serving import changing_schemas as changing
 from serving import samples, schemas
+from serving.operation import Answer, Operation, Parameter, Sample
 from serving.tensors import NPY
 
-__all__ = ["BENTOML", "OPERATIONS", "Answer", "Operation", "Parameter", "Sample"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer that is no error: its schema where it is JSON, else its media type alone.
-
-    Attributes:
-        also: further media types that the same answer may come in.
-    """
-
-    description: str
-    schema: type[BaseModel] | Mapping[str, Any] | None = None
-    example: Any = None
-    media_type: str = "application/json"
-    also: tuple[str, ...] = ()
-    headers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter that is not in the query's schema."""
-
-    name: str
-    place: str
-    description: str
-    example: str
-    required: bool = False
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A command that a shell runs: `curl -s` and these arguments, in a folder with one.jpg, two.png and pixels.npy."""
-
-    title: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What is said of one method of one path.
-
-    Attributes:
-        description: more than the summary.
-        query, body: schemas of the query and of a JSON body.
-        images, arrays: whether the body may also be images, and pixels as an array.
-        errors: codes of `serving.problems` beside those that any request may get.
-        summary: of a route that has no docstring of ours.
-        open: whether it is answered without a key.
-    """
-
-    tag: str
-    answers: Mapping[int, Answer]
-    description: str = ""
-    query: type[BaseModel] = schemas.NoQuery
-    parameters: tuple[Parameter, ...] = ()
-    body: type[BaseModel] | Mapping[str, Any] | None = None
-    example: Mapping[str, Any] = field(default_factory=dict)
-    images: bool = False
-    arrays: bool = False
-    errors: tuple[str, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    summary: str = ""
-    open: bool = False
-
+__all__ = ["BENTOML", "OPERATIONS"]
 
 BODY = ("bad_request", "slow_body", "too_large", "unsupported_body")
 GALLERY = ("gallery_busy", "gallery_unavailable")
@@ -153,9 +84,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         "OpenAI's shape. With `Accept: application/x-npy` the answer is the bare float32 array N×D.",
         schemas.EmbeddingsQuery,
-        (Parameter("Accept", "header", f"`{NPY}` for an array instead of JSON.", "application/json"),),
-        schemas.EmbeddingsBody,
-        samples.EMBEDDINGS_BODY,
+        body=schemas.EmbeddingsBody,
+        example=samples.EMBEDDINGS_BODY,
         images=True,
         arrays=True,
         errors=ASKING,
@@ -296,7 +226,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
 }
 
-PROBE = {"type": "string"}
 STRINGS = {
     "type": "object",
     "properties": {"images": {"type": "array", "items": {"type": "string"}, "description": "Data URIs or base64."}},
@@ -320,6 +249,7 @@ BENTOML: dict[tuple[str, str], Operation] = {
         {200: Answer("One embedding for each image.", VECTORS, samples.VECTORS)},
         body=STRINGS,
         example=samples.STRINGS,
+        errors=("too_large",),
         summary="Embeddings, for BentoML's own clients",
     ),
     ("POST", "/classify"): Operation(
@@ -333,7 +263,13 @@ BENTOML: dict[tuple[str, str], Operation] = {
         },
         body=CLASSIFY_STRINGS,
         example=samples.STRINGS,
+        errors=("too_large",),
         summary="Label or unknown, for BentoML's own clients",
+    ),
+    ("GET", "/schema.json"): Operation(
+        "BentoML's clients",
+        {200: Answer("BentoML's own description.", {"type": "object"})},
+        summary="What BentoML's clients read first",
     ),
     ("GET", "/livez"): Operation(
         "Probes",

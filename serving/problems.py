@@ -4,18 +4,19 @@ from dataclasses import dataclass
 
 from serving import schemas
 
-__all__ = ["ANYWHERE", "DESCRIBED", "Described"]
+__all__ = ["ANYWHERE", "AT_THE_DOOR", "DESCRIBED", "Described"]
 
 
 @dataclass(frozen=True)
 class Described:
-    """An error as a client sees it; `message` and `param` are an example's."""
+    """An error as a client sees it; `message` and `param` are an example's, `headers` come with it."""
 
     status: int
     type: str
     when: str
     message: str
     param: str | None = None
+    headers: tuple[str, ...] = ()
 
     def example(self, code: str) -> schemas.ErrorAnswer:
         return schemas.ErrorAnswer(
@@ -32,7 +33,7 @@ DESCRIBED = {
     ),
     "unauthorized": Described(
         401, "authentication_error", "A key is needed, and none or no valid one was sent.",
-        "this needs a valid key: send Authorization: Bearer …", "authorization",
+        "this needs a valid key: send Authorization: Bearer …", "authorization", ("WWW-Authenticate",),
     ),
     "forbidden": Described(
         403, "permission_error", "The key may ask, not change; or the request comes from a foreign page or name.",
@@ -73,7 +74,7 @@ DESCRIBED = {
     ),
     "overloaded": Described(
         429, "rate_limit_error", "As many images are under way as the service holds; `Retry-After` says when to ask "
-        "again.", "1024 images are under way: try again in 1 second",
+        "again.", "1024 images are under way: try again in 1 second", headers=("Retry-After",),
     ),
     "headers_too_large": Described(431, INVALID, "The headers are too large.", "the headers are over 65,536 bytes"),
     "internal_error": Described(
@@ -86,16 +87,18 @@ DESCRIBED = {
     ),
     "gallery_busy": Described(
         503, SERVER, "Another process holds the gallery; `Retry-After` says when to ask again.",
-        "the gallery is being changed by another process: try again",
+        "the gallery is being changed by another process: try again", headers=("Retry-After",),
     ),
     "gallery_unavailable": Described(
         503, SERVER, "The gallery cannot be read or written, say for a full disk.",
         "the gallery cannot be read or changed at the moment",
     ),
     "timed_out": Described(
-        504, SERVER, "No answer in time.", "no answer in time: send fewer images, or try again later"
+        504, SERVER, "No answer in time.", "no answer in time: send fewer images, or try again later",
+        headers=("Retry-After",),
     ),
 }  # fmt: skip
 
-# What any request may get, beside the errors of its route.
-ANYWHERE = ("unauthorized", "forbidden", "uri_too_long", "headers_too_large", "internal_error")
+# What any request may get before its route sees it, and from any route of ours.
+AT_THE_DOOR = ("unauthorized", "forbidden", "uri_too_long", "headers_too_large")
+ANYWHERE = (*AT_THE_DOOR, "internal_error")

@@ -32,6 +32,7 @@ function complain(reason) {
   error.textContent = reason.message;
   error.hidden = false;
   if (reason.status === 401) {
+    error.textContent = key() ? "The key is not valid: enter another one above." : "A key is needed: enter it above.";
     keyBox.open = true;
     keyField.focus();
   }

@@ -14,6 +14,7 @@ export class Card {
     this.#part(".name").textContent = name;
     const shown = this.#part(".shown");
     shown.src = this.address;
+    shown.addEventListener("error", () => shown.removeAttribute("src")); // no kind of image that browsers show
     this.#part(".choice span").textContent = `enrol ${name}`;
     list.append(this.element);
   }

@@ -31,7 +31,7 @@ class Tab:
 
     def __init__(self, commands: int, events: int) -> None:
         self._commands, self._events = commands, os.fdopen(events, "rb")
-        self._number, self._session = 0, ""
+        self._number, self._session, self._loaded = 0, "", False
         self.complaints: list[str] = []
         self.asked: list[str] = []
         target = self("Target.createTarget", url="about:blank")["targetId"]
@@ -57,8 +57,10 @@ class Tab:
         self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
+        self._loaded = False
         self("Page.navigate", url=url)
-        self.until("document.readyState === 'complete'")
+        while not self._loaded:
+            self._read()
 
     def run(self, script: str) -> Any:
         """The value of an expression, awaited if it is a promise."""
@@ -100,6 +102,8 @@ class Tab:
         parameters = message.get("params", {})
         if message.get("method") == "Network.requestWillBeSent":
             self.asked.append(parameters["request"]["url"])
+        elif message.get("method") == "Page.loadEventFired":
+            self._loaded = True
         elif message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(parameters["exceptionDetails"]))
         elif message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":

@@ -143,7 +143,7 @@ def test_all_json_answers_and_bodies_have_an_example() -> None:
     for _, path, operation in operations():
         for one in [operation.get("requestBody", {"content": {}}), *operation["responses"].values()]:
             media = one["content"].get(JSON)
-            if media is not None and path != "/openapi.json":
+            if media is not None and media.get("schema") != {"type": "object"}:
                 assert "example" in media or media["examples"], path
 
 

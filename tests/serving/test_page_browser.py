@@ -94,16 +94,20 @@ def test_an_error_of_the_service_is_shown_and_the_key_asked_for(
 ) -> None:
     tab.open(f"{service_of(tiny_bundle, wrap=locked)}/")
     tab.until("!document.getElementById('error').hidden")
-    assert texts(tab, "#error") == ["this needs a valid key"]
+    assert texts(tab, "#error") == ["A key is needed: enter it above."]
     assert tab.run("document.activeElement.id") == "key-field" and tab.run("document.getElementById('key').open")
+    tab.run("document.getElementById('key-field').value = 'open'")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.getElementById('error').textContent.includes('not valid')")
     tab.run("document.getElementById('key-field').value = 'sesame'")
     tab.press("Enter", 13, "\r")
     ready(tab)
     assert tab.run("document.getElementById('error').hidden")
     assert tab.run("[sessionStorage.getItem('coterie-key'), localStorage.length]") == ["sesame", 0]
     tab.choose("#files", written(tmp_path, {"a.png": digit_images.images[0]}))
-    tab.until("document.querySelectorAll('.near img').length === 5")  # pictures take the key along
-    assert tab.run("document.querySelector('.near img').complete")
+    # Pictures take the key along.
+    tab.until("document.querySelectorAll('.near img').length === 5")
+    tab.until("document.querySelector('.near img').naturalWidth > 0")
 
 
 def locked(app):  # type: ignore[no-untyped-def]
@@ -118,6 +122,29 @@ def locked(app):  # type: ignore[no-untyped-def]
             await app(scope, receive, send)
 
     return guarded
+
+
+def test_the_page_works_below_a_path_of_a_proxy(
+    tab: Tab, service_of: Callable[..., str], tiny_bundle: Bundle, digit_images, tmp_path: Path
+) -> None:
+    url = f"{service_of(tiny_bundle, wrap=below_photos)}/photos/"
+    tab.open(url)
+    ready(tab)
+    tab.choose("#files", written(tmp_path, {"a.png": digit_images.images[0]}))
+    tab.until("document.querySelectorAll('.near img').length === 5")
+    tab.open(f"{url}docs")
+    assert tab.run("document.querySelector('header a[href=\"./\"]').href") == url
+    assert tab.complaints == []
+
+
+def below_photos(app):  # type: ignore[no-untyped-def]
+    """The application as a proxy's `location /photos/` shows it."""
+
+    async def moved(scope, receive, send):  # type: ignore[no-untyped-def]
+        assert scope["path"].startswith("/photos/"), scope["path"]
+        await app({**scope, "path": scope["path"].removeprefix("/photos")}, receive, send)
+
+    return moved
 
 
 @pytest.mark.parametrize("path", ["", "docs"])
