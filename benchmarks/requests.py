@@ -43,6 +43,7 @@ from coterie.bundle import Bundle
 from coterie.files import write_text
 from serving.engine import Engine
 from serving.routes import build_app
+from serving.served import Served
 
 MANY = 32
 SIDE = 32  # of the JPEGs
@@ -78,7 +79,8 @@ async def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     app = build_app()
-    engine = app.state.engine = Engine(Bundle.open(arguments.bundle, device="cpu"))
+    engine = Engine(Bundle.open(arguments.bundle, device="cpu"))
+    app.state.served = Served(engine)
     size = engine.manifest.encoder.input_size
     cells = []
     for kind, images in kinds(size, quote(engine.manifest.classes[0])):
