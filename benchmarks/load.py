@@ -6,6 +6,7 @@ the server keeps up or not, and each one's latency counts from when it was due.
 """
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter, deque
@@ -49,7 +50,7 @@ class Measured:
     """Answers that came within the time counted.
 
     Attributes:
-        statuses: how many of each.
+        statuses: how many of each; 0 where the connection ended in an answer's stead.
         codes: the status of each, in the order of `latencies`.
         began: when each was sent, or due, from the beginning of what is counted; seconds.
         latencies: of each, in seconds.
@@ -96,7 +97,7 @@ async def _drive(load: Load) -> Measured:
 
     def answered(status: int, began: float) -> None:
         now = time.perf_counter()
-        if start <= now < end:
+        if start <= now < end or not status:
             measured.statuses[status] += 1
             measured.codes.append(status)
             measured.began.append(began - start)
@@ -108,6 +109,8 @@ async def _drive(load: Load) -> Measured:
         async def ask_on(client: _Client) -> None:
             while (began := time.perf_counter()) < end:
                 answered(await client.ask(next_request()), began)
+                if not client.open:
+                    client = await _connect(load.port)
 
         work = [asyncio.ensure_future(ask_on(client)) for client in clients]
     else:
@@ -120,6 +123,8 @@ async def _drive(load: Load) -> Measured:
             while due:
                 began = due.popleft()
                 answered(await client.ask(next_request()), began)
+                if not client.open:
+                    client = await _connect(load.port)
             client.idle_since = time.perf_counter()
             free.append(client)
             # As other clients do, before the server does it while a request is on its way.
@@ -159,6 +164,10 @@ class _Client(asyncio.Protocol):
     def __init__(self) -> None:
         self.idle_since = time.perf_counter()
 
+    @property
+    def open(self) -> bool:
+        return not self._transport.is_closing()
+
     def close(self) -> None:
         self._transport.close()
 
@@ -187,8 +196,9 @@ class _Client(asyncio.Protocol):
             self._answer.set_result(self._status)
 
     def connection_lost(self, error: Exception | None) -> None:
+        if os.environ.get("DBG") and not self._answer.done(): print("LOST", repr(error), time.perf_counter() - self.idle_since, len(self._head), self._left, flush=True)
         if not self._answer.done():
-            self._answer.set_exception(ConnectionError("the server closed the connection"))
+            self._answer.set_result(0)
 
 
 async def _connect(port: int) -> _Client:

@@ -49,7 +49,7 @@ def mixed(images: list[bytes]) -> list[bytes]:
         elif kind == 3:
             requests.append(request(f"/v1/classes/new-{number % 20}/examples", image, "image/jpeg"))
         else:
-            path = ("/v1/classes", "/v1/gallery?limit=20", "/v1/models")[number % 3]
+            path = ("/v1/classes", "/v1/models", "/v1/bundle")[number % 3]
             requests.append(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     return requests
 
