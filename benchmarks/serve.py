@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,13 +32,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.embed import decoding_seconds, encoding_seconds, make_bundle
 from benchmarks.load import Load, Measured, drive, request
@@ -66,7 +68,7 @@ class Server:
     requests: Sequence[bytes]
 
     def stand_still(self, still: bool) -> None:
-        os.killpg(self.process.pid, signal.SIGSTOP if still else signal.SIGCONT)
+        signal_all(self.process.pid, signal.SIGSTOP if still else signal.SIGCONT)
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,19 @@ LIMITS = {
 }
 
 
+def signal_all(pid: int, what: signal.Signals) -> None:
+    """Send a signal to a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (*parent.children(recursive=True), parent):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(what)
+
+
 @contextmanager
 def running(name: str, command: list[str], environment: dict[str, str], port: int, ready: str) -> Iterator[Any]:
     """A server in a process group of its own, once it answers."""
-    Path(environment["LOG"]).parent.mkdir(exist_ok=True)
+    Path(environment["LOG"]).parent.mkdir(parents=True, exist_ok=True)
     log = Path(environment["LOG"]).open("wb")  # noqa: SIM115  closed at the end
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -114,8 +125,8 @@ def running(name: str, command: list[str], environment: dict[str, str], port: in
             raise SystemExit(f"{name} ended: {Path(log.name).read_text()[-2000:]}")
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGCONT)
-        os.killpg(process.pid, signal.SIGKILL)
+        signal_all(process.pid, signal.SIGCONT)
+        signal_all(process.pid, signal.SIGKILL)
         process.wait()
         log.close()
 
@@ -205,6 +216,12 @@ def requests_of(kind: Kind, files: Sequence[Path], side: int) -> list[bytes]:
     return [request(f"{EMBED}?encoding_format=base64", form(group), FORM) for group in groups]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Client:
     """Asks from a process of its own."""
 
@@ -234,14 +251,14 @@ def limit(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
     cases = [("resnet18", 32, arguments.images)]
     if arguments.photos:
         cases.append(("resnet50", 224, arguments.photos))
-    for number, (network, side, data) in enumerate(cases):
+    for network, side, data in cases:
         bundle = make_bundle(network, side, data, folder / network)
         files = images_in(data, 512)
         one_thread = Encoder(bundle.path / "model.onnx", device="cpu", threads=1)
         preprocessing: Preprocessing = bundle.manifest.encoder.preprocessing
         measured: dict[str, list[Measured]] = {kind.name: [] for kind in LIMITS[network]}
         decoding, encoding = list[float](), list[dict[int, float]]()
-        with coterie(bundle.path, folder, arguments.port + number, ()) as server:
+        with coterie(bundle.path, folder / f"{network}-service", free_port(), (), arguments.workers) as server:
             for _ in range(arguments.runs):
                 server.stand_still(True)
                 decoding.append(decoding_seconds(files, preprocessing))
@@ -262,6 +279,7 @@ def limit(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
                 "share_of_limit": rate / most,
                 "goal": kind.goal,
                 "clients": kind.clients,
+                "workers": arguments.workers,
                 "p50_ms": 1e3 * statistics.median(run.percentile(50) for run in measured[kind.name]),
                 "p99_ms": 1e3 * statistics.median(run.percentile(99) for run in measured[kind.name]),
                 "client_cores": statistics.median(run.client_seconds / run.seconds for run in measured[kind.name]),
@@ -276,15 +294,13 @@ def peers(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
     with ExitStack() as stack:
         requests = [request(EMBED, jpeg, JPEG) for jpeg in jpegs]
         servers = [
-            stack.enter_context(
-                coterie(bundle.path, folder / str(workers), arguments.port + workers, requests, workers)
-            )
+            stack.enter_context(coterie(bundle.path, folder / str(workers), free_port(), requests, workers))
             for workers in (1, 2)
         ]
         for server in servers:
             server.stand_still(True)
-        for number, one in enumerate(PEERS, 3):
-            port = arguments.port + number
+        for one in PEERS:
+            port = free_port()
             others = peer(one, arguments.peers, bundle.path / "model.onnx", folder, port, jpegs)
             servers.append(stack.enter_context(others))
             servers[-1].stand_still(True)
@@ -385,7 +401,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--port", type=int, default=4300)
+    parser.add_argument("--workers", type=int, default=processors(), help="of the service, for `limit`")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "peers" and not arguments.peers:

@@ -111,20 +111,29 @@ class Bundle:
     Use `Bundle.open`. The encoder and the gallery load when they are first needed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, device: str, threads: int | None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, device: str, threads: int | None, side_by_side: bool = False
+    ) -> None:
         self.path = path
         self.manifest = manifest
-        self._device, self._threads = device, threads
+        self._device, self._threads, self._side_by_side = device, threads, side_by_side
 
     @classmethod
     def open(
-        cls, path: Path | str, *, device: str = "auto", threads: int | None = None, verify: bool = True
+        cls,
+        path: Path | str,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        side_by_side: bool = False,
+        verify: bool = True,
     ) -> "Bundle":
         """Open the bundle directory `path`.
 
         Args:
             device: where the encoder runs, see `coterie.encoder.Encoder`; whether it can is found when it loads.
             threads: of the encoder on the CPU; by default as many as this process may use.
+            side_by_side: run several batches at once on the CPU, each on one thread.
             verify: read every file and compare its checksum.
 
         Raises:
@@ -133,7 +142,7 @@ class Bundle:
         """
         check_device(device)
         path = Path(path)
-        bundle = cls(path, _read_manifest(path), device, threads)
+        bundle = cls(path, _read_manifest(path), device, threads, side_by_side)
         if verify:
             bundle.verify()
         return bundle
@@ -165,7 +174,9 @@ class Bundle:
 
     @cached_property
     def encoder(self) -> Encoder:
-        encoder = Encoder(self.path / MODEL, device=self._device, threads=self._threads)
+        encoder = Encoder(
+            self.path / MODEL, device=self._device, threads=self._threads, side_by_side=self._side_by_side
+        )
         self._check_model(encoder.input_size, encoder.dim)
         return encoder
 

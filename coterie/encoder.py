@@ -23,6 +23,8 @@ __all__ = ["Encoder"]
 
 logger = logging.getLogger("coterie.encoder")
 
+SMALL_MODEL = 256 * 2**20  # bytes of a file whose model may be in memory twice
+
 
 class Encoder:
     """Runs an exported encoder: uint8 images in, unit-length float32 embeddings out. Safe to use from many threads.
@@ -32,6 +34,8 @@ class Encoder:
         device: `auto` takes a GPU if one answers, else the CPU; `cpu`; `cuda`, `cuda:1`; `cuda:0,1` or `cuda:all` for
             one session on each of several GPUs; `tensorrt` likewise.
         threads: of the CPU session; by default as many as this process may use.
+        side_by_side: have the CPU run so many batches at once, each on one thread, while more than one is under way:
+            for services, which are asked by many. It takes the model's memory twice, and is not done for large models.
 
     Attributes:
         provider: of ONNX Runtime, the one that really runs the model.
@@ -44,15 +48,21 @@ class Encoder:
         BundleError: the file is not such a model.
     """
 
-    def __init__(self, model: Path, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, model: Path, *, device: str = "auto", threads: int | None = None, side_by_side: bool = False
+    ) -> None:
         self.threads = threads or processors()
         self._sessions = _open(model, device, self.threads)
         self._choosing = threading.Lock()
         first = self._sessions[0]
+        self._narrow: Session | None = None
+        if side_by_side and first.placement == CPU and self.threads > 1 and model.stat().st_size <= SMALL_MODEL:
+            self._narrow = Session(model, CPU, first.input_size, 1)
         self.provider = first.placement.provider
         self.input_size, self.dim = first.input_size, first.dim
         # A GPU computes one batch while the next is copied to it; CPU threads would only take turns.
-        self.concurrency = 1 if first.placement == CPU else 2 * len(self._sessions)
+        alone = self.threads if self._narrow else 1
+        self.concurrency = alone if first.placement == CPU else 2 * len(self._sessions)
         where = ", ".join(str(session.placement) for session in self._sessions)
         logger.info("encoder on %s, %d threads, dim %d", where, self.threads, self.dim)
 
@@ -97,16 +107,19 @@ class Encoder:
         Raises:
             as `embed` does.
         """
-        for session in self._sessions:
-            for bucket in BUCKETS:
+        for session in (*self._sessions, *([self._narrow] if self._narrow else [])):
+            # A CPU meets a new size without a search.
+            for bucket in BUCKETS if session.placement != CPU else (max_batch,):
                 if bucket <= max_batch:
                     _check(session.run(np.zeros((bucket, *self.input_size, 3), dtype=np.uint8)))
 
     @contextmanager
     def _free_session(self) -> Iterator[Session]:
-        """The session with the least to do."""
+        """The session with the least to do; beside another batch on the CPU, the one that takes one thread."""
         with self._choosing:
             session = min(self._sessions, key=lambda session: session.under_way)
+            if self._narrow and session.under_way + self._narrow.under_way:
+                session = self._narrow
             session.under_way += 1
         try:
             yield session

@@ -2,7 +2,8 @@
 
 A request is one job of one or more rows, ready to be run. A batch leaves the moment a runner is free, filled in order
 of arrival from small and large jobs alike, of which a large one may leave in parts; there is no delay, for waiting rows
-gather by themselves while a runner is busy. Knows nothing of HTTP, images or encoders.
+gather by themselves while a runner is busy. Only jobs that are about to be ready are waited for, a little: else the
+first of many that arrive together would leave alone. Knows nothing of HTTP, images or encoders.
 """
 
 import asyncio
@@ -24,6 +25,9 @@ Row = TypeVar("Row")
 Context = TypeVar("Context")
 Result = TypeVar("Result")
 Results = Sequence[Result | Exception]
+
+# The longest that a job which is ready waits for others that nearly are.
+HOLD_SECONDS = 0.002
 
 
 @dataclass(eq=False, slots=True)
@@ -109,6 +113,8 @@ class Batcher(Generic[Row, Context, Result]):
         self._runners = ThreadPoolExecutor(runners, thread_name_prefix="run")
         self._free = runners
         self._queue: deque[_Job[Row, Context, Result]] = deque()
+        self._coming = 0
+        self._holding = False
         self.under_way = 0
         # Rows a second that left lately, and the count that the next measurement comes from.
         self._pace, self._left, self._since = math.inf, 0, 0.0
@@ -133,6 +139,17 @@ class Batcher(Generic[Row, Context, Result]):
         finally:
             self.under_way -= rows
             self._measure_pace(rows)
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Make a job ready; others are held back for it for at most `HOLD_SECONDS`."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            if not self._coming and self._queue:
+                asyncio.get_running_loop().call_soon(self._dispatch)  # once this one has been submitted, if it will be
 
     async def submit(self, rows: Sequence[Row], context: Context) -> Outcome[Result]:
         """Run the rows of one job, at least one, that can be cut by slices.
@@ -163,6 +180,8 @@ class Batcher(Generic[Row, Context, Result]):
             self._pace, self._left, self._since = self._left / (now - self._since), 0, now
 
     def _dispatch(self) -> None:
+        if self._free and self._queue and self._coming and self._is_early():
+            return
         while self._free and (batch := self._next_batch()):
             self._free -= 1
             outcome = asyncio.get_running_loop().run_in_executor(
@@ -170,6 +189,25 @@ class Batcher(Generic[Row, Context, Result]):
             )
             places = [(job, place) for job, place, _ in batch]
             outcome.add_done_callback(lambda done, places=places: self._deliver(places, done))  # type: ignore[misc]
+
+    def _is_early(self) -> bool:
+        """Whether a batch would not be full, and is worth holding back for jobs that are coming; sees to its end."""
+        oldest, rows = self._queue[0], 0
+        for job in self._queue:
+            rows += len(job.rows)
+            if rows >= self.max_batch:
+                return False
+        left = oldest.since + HOLD_SECONDS - time.perf_counter()
+        if left <= 0:
+            return False
+        if not self._holding:
+            self._holding = True
+            asyncio.get_running_loop().call_later(left, self._let_go)
+        return True
+
+    def _let_go(self) -> None:
+        self._holding = False
+        self._dispatch()
 
     def _next_batch(self) -> list[tuple[_Job[Row, Context, Result], int, Part[Row, Context]]]:
         """Parts for one batch, each with its job and its place among the job's results."""

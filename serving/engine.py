@@ -148,7 +148,8 @@ class Engine:
                 pixels, errors = images, {}
             else:
                 _raise_first(images, partial)
-                pixels, errors = await self._decoder.decode(images)
+                with self._batcher.coming():
+                    pixels, errors = await self._decoder.decode(images)
                 _raise_first(errors.values(), partial)
             if not len(pixels):
                 return Answered([errors[row] for row in range(len(images))])

@@ -75,7 +75,7 @@ class Coterie(NativeMethods):
         safety = app.state.safety = Safety(settings)
 
         def open_bundle(path: Path) -> Bundle:
-            return Bundle.open(path, device=settings.device, threads=settings.threads)
+            return Bundle.open(path, device=settings.device, threads=settings.threads, side_by_side=True)
 
         def load(bundle: Bundle) -> Engine:
             return Engine(

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail
 
 from coterie import providers
+from coterie.bundle import Bundle
 from coterie.encoder import Encoder
 from coterie.errors import BundleError, DeviceError
 from coterie.providers import check_device
@@ -508,6 +509,7 @@ def test_too_little_memory_is_not_the_models_fault(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import numpy as np
+from coterie.bundle import Bundle
 from coterie.encoder import Encoder
 encoder = Encoder(Path(sys.argv[1]), device="cpu", threads=1)
 pixels = np.zeros((64, 1024, 1024, 3), dtype=np.uint8)
@@ -523,3 +525,24 @@ encoder.embed(pixels)
 
 def test_shapes_are_read_without_a_session_for_running(model: Path) -> None:
     assert model_shapes(model) == ((SIDE, SIDE), DIM)
+
+
+def test_batches_beside_each_other_take_one_thread_each(tiny_bundle: Bundle) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, *tiny_bundle.encoder.input_size, 3), dtype=np.uint8)
+    model = tiny_bundle.path / "model.onnx"
+    encoder = Encoder(model, device="cpu", threads=3, side_by_side=True)
+    assert encoder.concurrency == 3 and Encoder(model, device="cpu", threads=3).concurrency == 1
+    assert Encoder(model, device="cpu", threads=1, side_by_side=True).concurrency == 1
+    with encoder._free_session() as first, encoder._free_session() as second, encoder._free_session() as third:
+        assert first is not second and second is third
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(encoder.embed, [pixels] * 3))
+    with encoder._free_session() as again:
+        assert again is first
+    for embeddings in found:
+        np.testing.assert_allclose(embeddings, encoder.embed(pixels), atol=1e-6)
+
+
+def test_a_large_model_is_in_memory_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coterie.encoder.SMALL_MODEL", 10)
+    assert Encoder(tiny_bundle.path / "model.onnx", device="cpu", threads=3, side_by_side=True).concurrency == 1

@@ -293,3 +293,54 @@ def test_how_long_rows_waited_is_told_and_the_longest_kept(run: Doubler) -> None
 
     play(scene())
     assert [images for images, _ in waits.seen] == [4, 2]
+
+
+def test_a_job_waits_for_others_that_are_nearly_ready(run: Doubler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.batcher.HOLD_SECONDS", DEADLINE)
+
+    async def scene() -> None:
+        one = batcher(run)
+        with one.coming():
+            first = asyncio.ensure_future(ask(one, 1))
+            await until(lambda: one.waiting == 1)
+            assert run.batches == []
+        assert await ask(one, 2) == [4]
+        assert await first == [2]
+
+    play(scene())
+    assert run.batches == [[1, 2]]
+
+
+def test_it_does_not_wait_for_what_takes_long(run: Doubler) -> None:
+    async def scene() -> None:
+        one = batcher(run)
+        with one.coming():
+            assert await ask(one, 1) == [2]
+            assert await ask(one, 2) == [4]
+
+    play(scene())
+
+
+def test_a_full_batch_waits_for_nothing(run: Doubler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.batcher.HOLD_SECONDS", 2 * DEADLINE)
+
+    async def scene() -> None:
+        one = batcher(run)
+        with one.coming():
+            assert await ask(one, 1, 2, 3, 4) == [2, 4, 6, 8]
+
+    play(scene())
+
+
+def test_what_was_held_back_leaves_when_the_other_fails(run: Doubler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.batcher.HOLD_SECONDS", 2 * DEADLINE)
+
+    async def scene() -> None:
+        one = batcher(run)
+        with pytest.raises(ValueError, match="no image"), one.coming():
+            waiting = asyncio.ensure_future(ask(one, 1))
+            await until(lambda: one.waiting == 1)
+            raise ValueError("no image")
+        assert await waiting == [2]
+
+    play(scene())
