@@ -93,7 +93,11 @@ def with_gallery(bundle: Bundle, path: Path) -> Bundle:
         metadata=tuple({"row": row} for row in range(ITEMS)),
     )
     snapshot = Snapshot(items, ClassClusters.fit(embeddings, labels, held_out))
-    changes = {"classes": snapshot.clusters.labels, "gallery_size": ITEMS, "calibration": calibrate(snapshot, *held_out)}
+    changes = {
+        "classes": snapshot.clusters.labels,
+        "gallery_size": ITEMS,
+        "calibration": calibrate(snapshot, *held_out),
+    }
     manifest = bundle.manifest.model_copy(update=changes)
     model = (bundle.path / "model.onnx").read_bytes()
     return write_bundle(path, model=model, snapshot=snapshot, card="# Large\n", manifest=manifest)
@@ -174,7 +178,12 @@ def main() -> int:
         said = ", ".join(f"{part} {seconds:.2f}" for part, seconds in found["phases"].items())
         print(f"{case}: ready after {found['seconds']:.2f} s (goal {found['goal']:g}); {said}")
     if arguments.json:
-        facts = {"processors": processors(), "versions": versions("bentoml", "onnxruntime-gpu", "faiss-cpu", "scikit-learn", "numpy"), "runs": arguments.runs, "results": results}
+        facts = {
+            "processors": processors(),
+            "versions": versions("bentoml", "onnxruntime-gpu", "faiss-cpu", "scikit-learn", "numpy"),
+            "runs": arguments.runs,
+            "results": results,
+        }
         write_text(arguments.json, json.dumps(facts, indent=1) + "\n")
     return int(missed)
 

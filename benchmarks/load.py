@@ -6,7 +6,6 @@ the server keeps up or not, and each one's latency counts from when it was due.
 """
 
 import asyncio
-import os
 import random
 import time
 from collections import Counter, deque
@@ -196,7 +195,6 @@ class _Client(asyncio.Protocol):
             self._answer.set_result(self._status)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if os.environ.get("DBG") and not self._answer.done(): print("LOST", repr(error), time.perf_counter() - self.idle_since, len(self._head), self._left, flush=True)
         if not self._answer.done():
             self._answer.set_result(0)
 

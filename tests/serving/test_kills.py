@@ -1,6 +1,6 @@
 """Workers killed while examples come in: what was acknowledged is there, and the service goes on.
 
-    uv run pytest -m acceptance tests/serving/test_kills.py -s
+uv run pytest -m acceptance tests/serving/test_kills.py -s
 """
 
 import io

@@ -140,7 +140,7 @@ def test_bentomls_own_client_gets_the_same_answers(
                     client.classify(images=strings[:1], **options)
                 assert caught.value.error_code == 400
         form = {"images": (None, "http://127.0.0.1:1/a.png")}
-        assert http.post("/embed", files=form).status_code == 400
+        assert http.post("/embed", files=form).status_code == 415
         pickled = http.post("/embed", content=b"x", headers={"content-type": "application/vnd.bentoml+pickle"})
         assert pickled.status_code == 415
 
