@@ -75,6 +75,21 @@ def test_a_lone_row_leaves_at_once(run: Doubler) -> None:
     assert run.batches == [[1]]
 
 
+def test_a_lone_row_after_a_burst_waits_for_no_timer(run: Doubler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_timer(*_: Any) -> None:
+        raise AssertionError("a row that is alone was held back")
+
+    async def scene() -> None:
+        one = batcher(run)
+        await asyncio.gather(*(ask(one, row) for row in range(60)))
+        run.batches.clear()
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", set_timer)
+        assert await ask(one, 1) == [2]
+
+    play(scene())
+    assert run.batches == [[1]]
+
+
 def test_a_job_that_fills_a_batch_is_run_as_it_was_sent() -> None:
     """Nothing is copied, and nothing made for each row."""
     seen = []

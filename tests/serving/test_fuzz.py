@@ -41,7 +41,8 @@ METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS", "TRACE", 
 PATHS = (
     "/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/v1/classes", "/v1/gallery", "/v1/models",
     "/v1/bundle", "/", "/docs", "/openapi.json", "/metrics", "/v1", "/v1/", "//", "/v1/gallery/%ff",
-    "/v1/gallery/0/thumbnail", "/v1/classes/%2e%2e/examples", "/v1/classes/%F0%9F%98%80", "/readyz", "/static/../../etc/passwd", *NATIVE,
+    "/v1/gallery/0/thumbnail", "/v1/classes/%2e%2e/examples", "/v1/classes/%F0%9F%98%80",
+    "/readyz", "/static/../../etc/passwd", *NATIVE,
 )  # fmt: skip
 OPTIONS = (
     "encoding_format", "k", "top", "neighbors", "false_reject", "label", "metadata.row", "on_error", "dimensions",
