@@ -116,8 +116,8 @@ class Batcher(Generic[Row, Context, Result]):
         self._coming = 0
         self._holding = False
         self.under_way = 0
-        # Rows a second that left lately, and the count that the next measurement comes from.
-        self._pace, self._left, self._since = math.inf, 0, 0.0
+        # Rows a second that were answered lately, and the count that the next measurement comes from.
+        self._pace, self._answered, self._since = math.inf, 0, 0.0
 
     @contextmanager
     def room_for(self, rows: int) -> Iterator[None]:
@@ -132,13 +132,13 @@ class Batcher(Generic[Row, Context, Result]):
                 "too many images are waiting: try again in a moment", headers={"Retry-After": str(max(1, round(ahead)))}
             )
         if not self.under_way:  # an idle time says nothing about the pace
-            self._left, self._since = 0, time.perf_counter()
+            self._answered, self._since = 0, time.perf_counter()
         self.under_way += rows
         try:
             yield
+            self._measure_pace(rows)  # who left or was refused meanwhile says nothing of it
         finally:
             self.under_way -= rows
-            self._measure_pace(rows)
 
     @contextmanager
     def coming(self) -> Iterator[None]:
@@ -172,12 +172,12 @@ class Batcher(Generic[Row, Context, Result]):
         """Let go of the threads; nothing may be submitted afterwards."""
         self._runners.shutdown(wait=False, cancel_futures=True)
 
-    def _measure_pace(self, left: int) -> None:
-        """How many rows a second are done with, wherever it is that they spend their time: decoding, queue, search."""
-        self._left += left
+    def _measure_pace(self, rows: int) -> None:
+        """How many rows a second are answered, wherever it is that they spend their time: decoding, queue, search."""
+        self._answered += rows
         now = time.perf_counter()
-        if self._left and now - self._since >= PACE_SECONDS:
-            self._pace, self._left, self._since = self._left / (now - self._since), 0, now
+        if self._answered and now - self._since >= PACE_SECONDS:
+            self._pace, self._answered, self._since = self._answered / (now - self._since), 0, now
 
     def _dispatch(self) -> None:
         if self._free and self._queue and self._coming and self._is_early():
