@@ -30,7 +30,7 @@ SECONDS = float(os.environ.get("OVERLOAD_SECONDS", "600"))
 CLIENTS = 32
 # Enough for what is under way and what is being refused at once, and fewer than the 2,048 that the system lets wait for
 # a busy process to take them; of more it resets some.
-CONNECTIONS = 2000
+CONNECTIONS = 1500
 ACCEPTED, REFUSED = frozenset({200, 201}), 429
 
 
