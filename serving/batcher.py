@@ -177,7 +177,10 @@ class Batcher(Generic[Row, Context, Result]):
         self._answered += rows
         now = time.perf_counter()
         if self._answered and now - self._since >= PACE_SECONDS:
-            self._pace, self._answered, self._since = self._answered / (now - self._since), 0, now
+            pace = self._answered / (now - self._since)
+            # Large batches make single measurements jump.
+            self._pace = pace if self._pace == math.inf else 0.75 * self._pace + 0.25 * pace
+            self._answered, self._since = 0, now
 
     def _dispatch(self) -> None:
         if self._free and self._queue and self._coming and self._is_early():
