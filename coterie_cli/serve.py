@@ -14,6 +14,8 @@ from serving.settings import Settings
 __all__ = ["check_port", "serve_bundle"]
 
 SERVICE = "serving.service:Coterie"
+# Of a connection that nobody asks on. After uvicorn's 5 a busy service closes some on which a request has just come.
+IDLE_SECONDS = 75
 
 
 def check_port(host: str, port: int) -> None:
@@ -61,4 +63,5 @@ def serve_bundle(
     Settings.from_environment(environment)
     sys.stdout.flush()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
+    command += ["--timeout-keep-alive", str(IDLE_SECONDS)]
     os.execve(sys.executable, command, environment)

@@ -20,6 +20,7 @@ from serving.errors import (
     TooLargeError,
     TooLongError,
     UnauthorizedError,
+    UnsupportedBodyError,
 )
 from serving.keys import Keyring
 from serving.limits import RequestLimits
@@ -34,7 +35,7 @@ PROBES = frozenset({"/healthz", "/livez", "/readyz"})
 ASKING = frozenset({"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/embed", "/classify"})
 # BentoML's own, which reads a body of any size into memory before our code sees it.
 NATIVE = frozenset({"/embed", "/classify"})
-NOTED = frozenset({b"authorization", b"host", b"origin", b"content-length"})
+NOTED = frozenset({b"authorization", b"host", b"origin", b"content-length", b"content-type"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a proxy adds to requests of others that it hands over from this machine.
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
@@ -71,7 +72,7 @@ class Policy:
         Raises:
             TooLongError, HeadersTooLargeError: its head is beyond reason.
             UnauthorizedError: it needs a key.
-            TooLargeError: it brings more than BentoML's own methods may be sent.
+            TooLargeError, UnsupportedBodyError: it brings more, or a form, to BentoML's own methods.
             ForbiddenError: its key is not enough, or it comes from a web page or to a name that is not ours.
         """
         if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
@@ -95,7 +96,7 @@ class Policy:
                 "the Host is not this machine: COTERIE_HOSTS lists further names, or send a key", param="host"
             )
         if scope["path"] in NATIVE and scope["method"] == "POST":
-            self._check_length(found.get(b"content-length", ""))
+            self._check_body(found.get(b"content-length", ""), found.get(b"content-type", ""))
         if changes and b"origin" in found:
             self._check_origin(found[b"origin"], found.get(b"host", ""))
 
@@ -108,7 +109,12 @@ class Policy:
         if changes and key.scope != "change":
             raise ForbiddenError(f"the key {key.id} may ask, not change", param="authorization")
 
-    def _check_length(self, length: str) -> None:
+    def _check_body(self, length: str, content_type: str) -> None:
+        # Which BentoML answers with 500 where they are malformed.
+        if content_type.lstrip().lower().startswith("multipart/"):
+            raise UnsupportedBodyError(
+                "images come as application/json here, and as forms under /v1", param="content-type"
+            )
         if not length.isdecimal() or int(length) > self.max_body:
             raise TooLargeError(
                 f"the body is over the limit of {self.max_body:,} bytes, or does not say its length",

@@ -7,6 +7,7 @@ first of many that arrive together would leave alone. Knows nothing of HTTP, ima
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,10 @@ class _Job(Generic[Row, Context, Result]):
             self.done.set_result(None)
 
 
+# What is measured over less says little.
+PACE_SECONDS = 1.0
+
+
 class Batcher(Generic[Row, Context, Result]):
     """Runs rows of many jobs together.
 
@@ -86,6 +91,7 @@ class Batcher(Generic[Row, Context, Result]):
             where an exception stands for the failure of its row; called in a pool of `runners` threads. If it raises,
             the batch is halved until the failure is that of one row.
         capacity: how many rows may be under way, from arrival to answer.
+        patience: seconds; further rows are refused while those under way would take longer.
         observer: is told how long rows waited for a runner.
 
     Attributes:
@@ -98,30 +104,39 @@ class Batcher(Generic[Row, Context, Result]):
         *,
         max_batch: int,
         capacity: int,
+        patience: float = math.inf,
         runners: int = 1,
         observer: Observer = Observer(),
     ) -> None:
         self._run, self._observer = run, observer
-        self.max_batch, self.capacity = max_batch, capacity
+        self.max_batch, self.capacity, self._patience = max_batch, capacity, patience
         self._runners = ThreadPoolExecutor(runners, thread_name_prefix="run")
         self._free = runners
         self._queue: deque[_Job[Row, Context, Result]] = deque()
         self._coming = 0
         self._holding = False
         self.under_way = 0
+        # Rows a second that were answered lately, and the count that the next measurement comes from.
+        self._pace, self._answered, self._since = math.inf, 0, 0.0
 
     @contextmanager
     def room_for(self, rows: int) -> Iterator[None]:
         """Keep room for so many rows, from their arrival until they are answered.
 
         Raises:
-            OverloadedError: more would be under way than there is capacity for.
+            OverloadedError: more would be under way than there is capacity for, or those that are would take too long.
         """
-        if self.under_way + rows > self.capacity:
-            raise OverloadedError("too many images are waiting: try again in a moment", headers={"Retry-After": "1"})
+        ahead = self.under_way / self._pace
+        if self.under_way + rows > self.capacity or ahead > self._patience:
+            raise OverloadedError(
+                "too many images are waiting: try again in a moment", headers={"Retry-After": str(max(1, round(ahead)))}
+            )
+        if not self.under_way:  # an idle time says nothing about the pace
+            self._answered, self._since = 0, time.perf_counter()
         self.under_way += rows
         try:
             yield
+            self._measure_pace(rows)  # who left or was refused meanwhile says nothing of it
         finally:
             self.under_way -= rows
 
@@ -156,6 +171,16 @@ class Batcher(Generic[Row, Context, Result]):
     def close(self) -> None:
         """Let go of the threads; nothing may be submitted afterwards."""
         self._runners.shutdown(wait=False, cancel_futures=True)
+
+    def _measure_pace(self, rows: int) -> None:
+        """How many rows a second are answered, wherever it is that they spend their time: decoding, queue, search."""
+        self._answered += rows
+        now = time.perf_counter()
+        if self._answered and now - self._since >= PACE_SECONDS:
+            pace = self._answered / (now - self._since)
+            # Large batches make single measurements jump.
+            self._pace = pace if self._pace == math.inf else 0.75 * self._pace + 0.25 * pace
+            self._answered, self._since = 0, now
 
     def _dispatch(self) -> None:
         if self._free and self._queue and self._coming and self._is_early():

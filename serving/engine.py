@@ -112,6 +112,7 @@ class Engine:
             self._run,
             max_batch=MAX_BATCH,
             capacity=capacity,
+            patience=limits.seconds / 3,  # measured, so wrong at times, and no answer may come too late
             runners=self._encoder.concurrency,
             observer=observer,
         )

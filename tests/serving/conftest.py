@@ -2,11 +2,21 @@
 
 import base64
 import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 from starlette.testclient import TestClient
 
@@ -107,3 +117,72 @@ async def call(engine: Engine, path: str, receive: Any, headers: dict[str, str] 
 
     await app(scope, receive, send)
     return sent
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service in processes of its own.
+
+    Attributes:
+        process: the parent of its workers.
+    """
+
+    port: int
+    process: psutil.Process
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that answer, as many as live."""
+        found = []
+        for child in self.process.children():
+            try:
+                if "worker" in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.Error:
+                continue  # it ended meanwhile
+        return found
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture
+def run_service(tmp_path: Path) -> Callable[..., AbstractContextManager[Running]]:
+    """Runs `coterie serve` as users do: `with run_service(bundle, workers=2, COTERIE_…="…") as service:`."""
+
+    @contextmanager
+    def run(bundle: Bundle, *, workers: int = 1, **changes: str) -> Iterator[Running]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("COTERIE_", "BENTOML_"))}
+        own = {"BENTOML_HOME": str(tmp_path / "bentoml"), "COTERIE_STATE": str(tmp_path / "service")}
+        command = [sys.executable, "-m", "coterie_cli", "serve", str(bundle.path), "--port", str(port)]
+        command += ["--workers", str(workers)]
+        log = tmp_path / "service.log"
+        with log.open("a") as output:
+            process = subprocess.Popen(command, env=inherited | own | changes, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            service = Running(port, psutil.Process(process.pid), log)
+            end = time.monotonic() + 60
+            while not (service.ready() and log.read_text().count(f"serving {bundle.manifest.name} (") >= workers):
+                assert time.monotonic() < end and process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            yield service
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                code = process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        assert code == 0, log.read_text()
+
+    return run

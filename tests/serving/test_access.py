@@ -169,6 +169,8 @@ def test_bentomls_own_methods_are_sent_bodies_of_a_known_and_bounded_length_alon
     assert client.post(path, content=b"x" * 1000).status_code == 404  # which BentoML answers
     for content in (b"x" * 1001, iter([b"x"])):
         assert error_of(client.post(path, content=content), 413)["code"] == "too_large"
+    form = client.post(path, content=b"no form", headers={"content-type": "multipart/form-data; boundary=x"})
+    assert error_of(form, 415)["code"] == "unsupported_body"
 
 
 @pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,21 @@ def test_results_come_in_the_order_of_the_rows_though_batches_are_smaller(run: D
 def test_a_lone_row_leaves_at_once(run: Doubler) -> None:
     async def scene() -> None:
         assert await ask(batcher(run), 1) == [2]
+
+    play(scene())
+    assert run.batches == [[1]]
+
+
+def test_a_lone_row_after_a_burst_waits_for_no_timer(run: Doubler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_timer(*_: Any) -> None:
+        raise AssertionError("a row that is alone was held back")
+
+    async def scene() -> None:
+        one = batcher(run)
+        await asyncio.gather(*(ask(one, row) for row in range(60)))
+        run.batches.clear()
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", set_timer)
+        assert await ask(one, 1) == [2]
 
     play(scene())
     assert run.batches == [[1]]
@@ -196,6 +212,33 @@ def test_more_than_the_capacity_is_refused_at_once_and_taken_again_later(run: Do
         run.gate.set()
         assert await asyncio.gather(first, second) == [[2, 4], [6]]
         assert await ask(one, 5, 6, 7) == [10, 12, 14]
+
+    play(scene())
+
+
+def test_rows_are_refused_while_those_before_them_would_take_too_long(
+    run: Doubler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr("serving.batcher.time", clock)
+
+    async def scene() -> None:
+        one = batcher(run, patience=2.0)
+        run.gate.clear()
+        first = asyncio.ensure_future(ask(one, 1, 2))
+        await until(lambda: one.under_way == 2)
+        clock.now += 2.0  # a row a second
+        run.gate.set()
+        await first
+        run.gate.clear()
+        many = asyncio.ensure_future(ask(one, 3, 4, 5))  # nothing is before them
+        await until(lambda: one.under_way == 3)
+        with pytest.raises(OverloadedError) as caught:
+            await ask(one, 6)
+        assert caught.value.headers["Retry-After"] == "3"
+        run.gate.set()
+        assert await many == [6, 8, 10]
+        assert await ask(one, 6) == [12]
 
     play(scene())
 

@@ -146,7 +146,7 @@ def test_bentomls_own_client_gets_the_same_answers(
             assert answer.headers["content-type"].partition(";")[0] in said["content"], path
             assert not operation.example or len(answer.json()) == 1
         form = {"images": (None, "http://127.0.0.1:1/a.png")}
-        assert http.post("/embed", files=form).status_code == 400
+        assert http.post("/embed", files=form).status_code == 415
         pickled = http.post("/embed", content=b"x", headers={"content-type": "application/vnd.bentoml+pickle"})
         assert pickled.status_code == 415
 
