@@ -4,7 +4,7 @@ A change makes the next snapshot out of this one in time that does not depend on
 in the background, all rows become a new foundation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 
@@ -69,14 +69,20 @@ class LiveSnapshot(Snapshot):
         return join_clusters(self._placed, {label: place() for label, place in self._placing.items()})
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        names = set(self._placed.labels) - set(self._placing)
+        changed = (label for label in self._placing if any(map(len, _members(self._foundation, self._newer, label))))
+        return tuple(sorted(names.union(changed)))
+
+    @cached_property
     def index(self) -> LayeredIndex:
         return LayeredIndex(self._foundation.index, self._newer.vectors.array, self._newer.gaps)
 
     @cached_property
     def classes(self) -> NDArray[np.int64]:
-        names = np.asarray(self.clusters.labels, dtype=np.str_)
+        names = np.asarray(self.names, dtype=np.str_)
         # A name that is no more stands for nothing but removed rows.
-        renumbered = np.searchsorted(names, np.asarray(self._foundation.clusters.labels, dtype=np.str_))
+        renumbered = np.searchsorted(names, np.asarray(self._foundation.names, dtype=np.str_))
         newer = np.searchsorted(names, np.asarray(self._newer.labels, dtype=np.str_))
         both = np.concatenate([renumbered[self._foundation.classes], newer])
         return both[self._live.left] if len(self._newer.gaps.dead) else both
@@ -102,7 +108,7 @@ class LiveSnapshot(Snapshot):
         done = "clusters" in self.__dict__  # then they need not be found again
         placing: dict[str, Placing] = {
             **({} if done else self._placing),
-            **{label: partial(_place, self._base, self._foundation, newer, label) for label in touched},
+            **_placings(self._base, self._foundation, newer, touched),
         }
         placed = self.clusters if done else self._placed
         return LiveSnapshot(self._base, self._foundation, newer, placed, placing, changes.sequence, self._picture)
@@ -110,10 +116,12 @@ class LiveSnapshot(Snapshot):
     def settled(self) -> "LiveSnapshot":
         """The same rows, all of them foundation, with everything at hand that a search needs."""
         rows = SettledRows.after(self._foundation.rows, self._live, self._newer)
-        foundation = _Foundation(self._live.whole(), self.clusters, self.sequence, self.classes, rows)
+        foundation = _Foundation(self._live.whole(), self.names, self.sequence, self.classes, rows)
         foundation.index  # noqa: B018  a cached property
-        newer = Newer.none(self.items.dim)
-        return LiveSnapshot(self._base, foundation, newer, self.clusters, {}, self.sequence, self._picture)
+        newer, done = Newer.none(self.items.dim), "clusters" in self.__dict__
+        placing = {} if done else _placings(self._base, foundation, newer, self._placing)
+        placed = self.clusters if done else self._placed
+        return LiveSnapshot(self._base, foundation, newer, placed, placing, self.sequence, self._picture)
 
     def _newer_with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
         """The upper layer with `items` added, and without the rows at the places `dead`, in either layer."""
@@ -148,18 +156,22 @@ class LiveSnapshot(Snapshot):
 
 
 class _Foundation(Snapshot):
-    """A snapshot whose classes and row numbers are known already."""
+    """Rows whose classes and numbers are known already. Nobody asks for their clusters, but for those of the whole."""
 
     def __init__(
         self,
         items: Items,
-        clusters: ClassClusters,
+        names: tuple[str, ...],
         sequence: int,
         classes: NDArray[np.int64],
         rows: Mapping[str, int],
     ) -> None:
-        super().__init__(items, clusters, sequence)
-        self._classes, self._rows = classes, rows
+        self.items, self.sequence = items, sequence
+        self._names, self._classes, self._rows = names, classes, rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -170,11 +182,20 @@ class _Foundation(Snapshot):
         return self._rows
 
 
-def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
-    """The cluster of a class whose items have changed."""
+def _placings(base: Snapshot, foundation: Snapshot, newer: Newer, labels: Iterable[str]) -> dict[str, Placing]:
+    return {label: partial(_place, base, foundation, newer, label) for label in labels}
+
+
+def _members(foundation: Snapshot, newer: Newer, label: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of a class in either layer."""
     below = len(foundation.items)
     older = newer.gaps.left(foundation.members(label))
-    above = newer.gaps.left(below + np.asarray(newer.members.get(label, ()), dtype=np.int64)) - below
+    return older, newer.gaps.left(below + np.asarray(newer.members.get(label, ()), dtype=np.int64)) - below
+
+
+def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
+    """The cluster of a class whose items have changed."""
+    older, above = _members(foundation, newer, label)
     ids = [foundation.items.ids[row] for row in older.tolist()] + [newer.ids[row] for row in above.tolist()]
     members = np.concatenate([foundation.items.embeddings[older], newer.vectors.array[above]])
     return place_class(base, label, ids, members)

@@ -56,6 +56,11 @@ class Snapshot:
     def clusters(self) -> ClassClusters:
         return self._clusters
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels that have rows, sorted; those of `clusters`, which take longer to find."""
+        return self.clusters.labels
+
     @cached_property
     def index(self) -> Index:
         return build_index(self.items.embeddings, self.classes)
@@ -63,7 +68,7 @@ class Snapshot:
     @cached_property
     def classes(self) -> NDArray[np.int64]:
         """The row in `clusters` of each item's label, int64 (n,)."""
-        return np.searchsorted(np.asarray(self.clusters.labels, dtype=np.str_), self.items.labels)
+        return np.searchsorted(np.asarray(self.names, dtype=np.str_), self.items.labels)
 
     @cached_property
     def rows(self) -> Mapping[str, int]:
@@ -77,9 +82,9 @@ class Snapshot:
 
     def members(self, label: str) -> NDArray[np.int64]:
         """The rows of a class, in order."""
-        if label not in self.clusters.labels:
+        if label not in self.names:
             return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(self.classes == self.clusters.labels.index(label))
+        return np.flatnonzero(self.classes == self.names.index(label))
 
     def search(
         self,
@@ -118,7 +123,7 @@ class Snapshot:
             return None
         rows: NDArray[np.int64] | None = None
         if labels is not None:
-            names = self.clusters.labels
+            names = self.names
             for label in labels:
                 if label not in names:
                     raise DataError(f"the gallery has no class {label!r}: `coterie gallery list` shows which it has")

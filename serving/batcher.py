@@ -114,7 +114,7 @@ class Batcher(Generic[Row, Context, Result]):
         self._free = runners
         self._queue: deque[_Job[Row, Context, Result]] = deque()
         self._coming = 0
-        self._holding = False
+        self._holding = self._soon = False
         self.under_way = 0
         # Rows a second that were answered lately, and the count that the next measurement comes from.
         self._pace, self._answered, self._since = math.inf, 0, 0.0
@@ -149,7 +149,7 @@ class Batcher(Generic[Row, Context, Result]):
         finally:
             self._coming -= 1
             if not self._coming and self._queue:
-                asyncio.get_running_loop().call_soon(self._dispatch)  # once this one has been submitted, if it will be
+                self._dispatch_soon()
 
     async def submit(self, rows: Sequence[Row], context: Context) -> Outcome[Result]:
         """Run the rows of one job, at least one, that can be cut by slices.
@@ -158,7 +158,7 @@ class Batcher(Generic[Row, Context, Result]):
         """
         job = _Job[Row, Context, Result](rows, context, asyncio.get_running_loop().create_future(), time.perf_counter())
         self._queue.append(job)
-        self._dispatch()
+        self._dispatch_soon()
         await job.done
         parts = job.results
         return Outcome(parts[0] if len(parts) == 1 else [result for part in parts for result in part], job.waited)
@@ -182,7 +182,14 @@ class Batcher(Generic[Row, Context, Result]):
             self._pace = pace if self._pace == math.inf else 0.75 * self._pace + 0.25 * pace
             self._answered, self._since = 0, now
 
+    def _dispatch_soon(self) -> None:
+        """Once all that has arrived by now has been submitted: then it leaves together."""
+        if not self._soon:
+            self._soon = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
     def _dispatch(self) -> None:
+        self._soon = False
         if self._free and self._queue and self._coming and self._is_early():
             return
         while self._free and (batch := self._next_batch()):

@@ -281,7 +281,7 @@ def test_arrays_and_single_images_fill_batches_together(
         asked: list[Any] = []
         for part in (pixels[:1], pixels[1:31], images[31:32], pixels[32:66], images[66:70]):
             asked.append(asyncio.ensure_future(one.embed(part)))
-            while one.under_way and (one.waiting + len(seen) == 0 or one.waiting < one.under_way - 1):
+            while not seen or one.waiting < one.under_way - 1:  # the first has left, the others wait
                 await asyncio.sleep(0)
         gate.set()
         return await asyncio.gather(*asked)
