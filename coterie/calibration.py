@@ -29,6 +29,8 @@ EPISODE_EXAMPLES = 5
 MOST_EPISODES = 10
 # Time and memory go in proportion; a few thousand images tell settings apart, a few hundred the ways to reject.
 MOST_FITTING_IMAGES, MOST_REJECTED_IMAGES = 2000, 500
+# Every image is scored against every class, hundreds of times: with many classes fewer images have to do.
+MOST_FITTING_SCORES, FEWEST_FITTING_IMAGES = 400_000, 200
 
 
 def calibrate(snapshot: Snapshot, embeddings: NDArray[np.float32], labels: NDArray[np.str_]) -> Calibration:
@@ -59,7 +61,8 @@ def fit(
     embeddings, truth = embeddings[usable], np.searchsorted(names, labels[usable])
     if not len(truth):
         raise CoterieError("no held-out image belongs to a class of the gallery: calibration needs some of each")
-    some = slice(None, None, -(-len(truth) // MOST_FITTING_IMAGES))
+    most = max(FEWEST_FITTING_IMAGES, min(MOST_FITTING_IMAGES, MOST_FITTING_SCORES // len(gallery.clusters)))
+    some = slice(None, None, -(-len(truth) // most))
     references = [gallery, *(_with_few(gallery, row) for row in _rows(gallery, EPISODE_EXAMPLES + 1))]
     settings, eces = most_likely(references, embeddings[some], truth[some], neighbors)
     few = slice(None, None, -(-len(truth) // MOST_REJECTED_IMAGES))
