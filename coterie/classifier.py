@@ -215,7 +215,7 @@ def score(
     if not len(clusters):
         raise DataError("the gallery is empty: add examples of a class first")
     similarities, rows = snapshot.index.search(embeddings, max(k, neighbors))
-    classes = snapshot.classes[rows[:, :k]]
+    classes = snapshot.classes_of(rows[:, :k])
     to_clusters, radii = clusters.similarities(embeddings)
     votes = log_votes(similarities[:, :k], classes, clusters.counts, calibration.temperature)
     logits = calibration.vote_weight * votes + calibration.cluster_weight * closeness(to_clusters, radii)
@@ -276,7 +276,7 @@ def classify(
             similarity=similarity,
             classes=tuple(ClassScore(labels[c], p, s) for c, p, s in zip(first, likely, to_clusters, strict=True)),
             neighbors=tuple(
-                Neighbor(items.ids[i], str(items.labels[i]), close, items.metadata[i])
+                Neighbor(items.ids[i], items.label(i), close, items.metadata[i])
                 for i, close in zip(near, how_near, strict=True)
             ),
             calibration=identity,

@@ -114,15 +114,17 @@ class ClassClusters:
     def select(self, rows: Sequence[int]) -> "ClassClusters":
         """The clusters at `rows`, in that order."""
         keep = np.asarray(rows, dtype=np.int64)
-        first = np.searchsorted(self.owners, [keep, keep + 1])  # (2, rows): where each one's prototypes begin and end
-        at = np.asarray([row for begin, end in first.T for row in range(begin, end)], dtype=np.int64)
+        first, end = np.searchsorted(self.owners, [keep, keep + 1])  # where each one's prototypes are
+        owners = np.repeat(np.arange(len(keep)), end - first)
+        before = np.cumsum(end - first) - (end - first)
+        at = np.arange(len(owners)) + (first - before)[owners]
         return ClassClusters(
-            labels=tuple(self.labels[row] for row in keep),
+            labels=tuple(map(self.labels.__getitem__, keep.tolist())),
             counts=self.counts[keep],
             spacings=self.spacings[keep],
             bounds=self.bounds[keep],
             prototypes=self.prototypes[at],
-            owners=np.repeat(np.arange(len(keep)), first[1] - first[0]),
+            owners=owners,
             radii=self.radii[at],
         )
 
@@ -147,25 +149,22 @@ class ClassClusters:
         return best, self._of_classes(np.where(to_prototypes == best[:, self.owners], self.radii, 0))
 
     def with_class(self, label: str, members: NDArray[np.float32], strangers: NDArray[np.float32]) -> "ClassClusters":
-        """These clusters with the one of `label` placed anew; without members it is removed.
+        """These clusters with the one of `label` placed anew; without members it is removed. See `placed`."""
+        others = self.select([row for row, name in enumerate(self.labels) if name != label])
+        return ClassClusters.joined([others, self.placed(label, members, strangers)]) if len(members) else others
+
+    def placed(self, label: str, members: NDArray[np.float32], strangers: NDArray[np.float32]) -> "ClassClusters":
+        """The cluster of `label` alone, placed anew.
 
         Args:
-            members: embeddings (m, d) of the class, in any order.
+            members: embeddings (m, d) of the class, in any order; m at least 1.
             strangers: embeddings of other classes' items, or of some, evenly chosen.
 
         A class that the limits were calibrated on keeps its number of prototypes, and its radii and spacing unless the
         members now reach farther: they may be images that the encoder was trained on, which lie closer than any new
         one. All others are as wide as their own members say.
         """
-        others = self.select([row for row, name in enumerate(self.labels) if name != label])
-        if not len(members):
-            return others
         before = self.select([row for row, name in enumerate(self.labels) if name == label])
-        return ClassClusters.joined([others, self._placed(label, members, strangers, before)])
-
-    def _placed(
-        self, label: str, members: NDArray[np.float32], strangers: NDArray[np.float32], before: "ClassClusters"
-    ) -> "ClassClusters":
         members = members[np.lexsort(members.T[:2])]
         strangers = strangers[:: -(-len(strangers) // STRANGERS_COMPARED) or 1]
         calibrated = len(before) > 0 and not before.enrolled[0]

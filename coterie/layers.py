@@ -13,44 +13,12 @@ from coterie.nearest import best
 from coterie.ranking import check_unit_vectors
 from coterie.snapshot import Index
 
-__all__ = ["Gaps", "GrowingRows", "LayeredIndex"]
+__all__ = ["Gaps", "LayeredIndex"]
 
 # Fetched from the lower layer beyond k, in case that some are removed; if too few are left, four times as many.
 SPARE = 16
 # More than the two layers' ways of multiplying differ by.
 CLOSE = 1e-5
-
-
-class GrowingRows:
-    """Vectors (n, d) that can be added to. Whoever holds some of these sees the rows that were there, and no others.
-
-    Not to be added to by two threads at once.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self._room = np.empty((0, dim), dtype=np.float32)
-        self._used = [0]  # shared by all who hold a part of the same room
-        self._length = 0
-
-    @property
-    def array(self) -> NDArray[np.float32]:
-        return self._room[: self._length]
-
-    def __len__(self) -> int:
-        return self._length
-
-    def with_rows(self, rows: NDArray[np.float32]) -> "GrowingRows":
-        """These rows and then `rows`, which are copied."""
-        grown = GrowingRows(self._room.shape[1])
-        grown._length = self._length + len(rows)
-        grown._room, grown._used = self._room, self._used
-        if grown._length > len(self._room) or self._used[0] != self._length:
-            grown._room = np.empty((2 * grown._length, self._room.shape[1]), dtype=np.float32)
-            grown._room[: self._length] = self.array
-            grown._used = [0]
-        grown._room[self._length : grown._length] = rows
-        grown._used[0] = grown._length
-        return grown
 
 
 class Gaps:

@@ -62,7 +62,7 @@ def most_likely(
     close = [closeness(*reference.clusters.similarities(embeddings)) for reference in references]
     votes = {
         (k, temperature): [
-            log_votes(near[:, :k], reference.classes[rows[:, :k]], reference.clusters.counts, temperature)
+            log_votes(near[:, :k], reference.classes_of(rows[:, :k]), reference.clusters.counts, temperature)
             for reference, (near, rows) in zip(references, searched, strict=True)
         ]
         for k, temperature in product(neighbors, TEMPERATURES)
@@ -108,7 +108,7 @@ def _plain_votes(
     near = similarities[:, :PLAIN_NEIGHBORS].astype(np.float64)
     weights = softmax(near / PLAIN_TEMPERATURE)
     shares = np.zeros((len(near), len(gallery.clusters)))
-    np.add.at(shares, (np.arange(len(near))[:, None], gallery.classes[rows[:, :PLAIN_NEIGHBORS]]), weights)
+    np.add.at(shares, (np.arange(len(near))[:, None], gallery.classes_of(rows[:, :PLAIN_NEIGHBORS])), weights)
     return shares
 
 

@@ -5,6 +5,7 @@ in the background, all rows become a new foundation.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 
@@ -83,9 +84,19 @@ class LiveSnapshot(Snapshot):
         names = np.asarray(self.names, dtype=np.str_)
         # A name that is no more stands for nothing but removed rows.
         renumbered = np.searchsorted(names, np.asarray(self._foundation.names, dtype=np.str_))
-        newer = np.searchsorted(names, np.asarray(self._newer.labels, dtype=np.str_))
+        newer = np.searchsorted(names, np.asarray([*self._newer.labels], dtype=np.str_))
         both = np.concatenate([renumbered[self._foundation.classes], newer])
         return both[self._live.left] if len(self._newer.gaps.dead) else both
+
+    def classes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        names = np.asarray(self.names, dtype=np.str_)
+        places, below = self._newer.gaps.places(rows), len(self._foundation.items)
+        newer, found = places >= below, np.empty(rows.shape, dtype=np.int64)
+        foundation = np.searchsorted(names, np.asarray(self._foundation.names, dtype=np.str_))
+        found[~newer] = foundation[self._foundation.classes[places[~newer]]]
+        labels = [self._newer.labels[place - below] for place in places[newer].tolist()]
+        found[newer] = np.searchsorted(names, np.asarray(labels, dtype=np.str_))
+        return found
 
     @cached_property
     def rows(self) -> Mapping[str, int]:
@@ -125,7 +136,12 @@ class LiveSnapshot(Snapshot):
 
     def _newer_with(self, items: Sequence[KeptItem], dead: Sequence[int]) -> Newer:
         """The upper layer with `items` added, and without the rows at the places `dead`, in either layer."""
-        newer, base, below = self._newer, self._base.items, len(self._foundation.items)
+        newer, base = self._newer, self._base.items
+        gaps = newer.gaps
+        if dead:
+            gaps = Gaps(np.sort(np.append(gaps.dead, np.asarray(dead, dtype=np.int64))))
+        if not items:
+            return replace(newer, gaps=gaps)
         own = [self._base.rows.get(item.id) for item in items]
         vectors = [
             base.embeddings[row] if item.embedding is None else item.embedding
@@ -133,25 +149,13 @@ class LiveSnapshot(Snapshot):
         ]
         nowhere = np.full(2, np.nan, dtype=np.float32)
         positions = [nowhere if row is None else base.positions[row] for row in own]
-        places = dict(newer.places)
-        for place in dead:
-            if place >= below:
-                del places[newer.ids[place - below]]
-        members: dict[str, tuple[int, ...]] = dict(newer.members)
-        added: dict[str, list[int]] = {}
-        for row, item in enumerate(items, len(newer.ids)):
-            places[item.id] = below + row
-            added.setdefault(item.label, []).append(row)
-        members.update((label, newer.members.get(label, ()) + tuple(rows)) for label, rows in added.items())
         return Newer(
-            ids=newer.ids + tuple(item.id for item in items),
-            labels=newer.labels + tuple(item.label for item in items),
-            metadata=newer.metadata + tuple(item.metadata for item in items),
-            positions=np.concatenate([newer.positions, *(position[None] for position in positions)]),
-            vectors=newer.vectors.with_rows(np.stack(vectors)) if vectors else newer.vectors,
-            gaps=Gaps(np.sort(np.append(newer.gaps.dead, np.asarray(dead, dtype=np.int64)))) if dead else newer.gaps,
-            places=places,
-            members=members,
+            ids=newer.ids.with_entries(item.id for item in items),
+            labels=newer.labels.with_entries(item.label for item in items),
+            metadata=newer.metadata.with_entries(item.metadata for item in items),
+            positions=newer.positions.with_rows(np.stack(positions)),
+            vectors=newer.vectors.with_rows(np.stack(vectors)),
+            gaps=gaps,
         )
 
 
@@ -190,12 +194,15 @@ def _members(foundation: Snapshot, newer: Newer, label: str) -> tuple[NDArray[np
     """The rows of a class in either layer."""
     below = len(foundation.items)
     older = newer.gaps.left(foundation.members(label))
-    return older, newer.gaps.left(below + np.asarray(newer.members.get(label, ()), dtype=np.int64)) - below
+    return older, newer.gaps.left(below + np.asarray(newer.labels.rows(label), dtype=np.int64)) - below
 
 
 def _place(base: Snapshot, foundation: Snapshot, newer: Newer, label: str) -> ClassClusters | None:
     """The cluster of a class whose items have changed."""
     older, above = _members(foundation, newer, label)
-    ids = [foundation.items.ids[row] for row in older.tolist()] + [newer.ids[row] for row in above.tolist()]
+    ids = [
+        *map(foundation.items.ids.__getitem__, older.tolist()),
+        *map(newer.ids.__getitem__, above.tolist()),
+    ]
     members = np.concatenate([foundation.items.embeddings[older], newer.vectors.array[above]])
     return place_class(base, label, ids, members)

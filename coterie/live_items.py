@@ -13,8 +13,9 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.growing import GrowingColumn, GrowingKeys, GrowingRows
 from coterie.items import Column, GalleryItems, products
-from coterie.layers import Gaps, GrowingRows
+from coterie.layers import Gaps
 from coterie.metadata import Values
 from coterie.snapshot import Snapshot
 
@@ -31,19 +32,17 @@ IDLE_NUMBERS = 1000  # that are no longer any id's
 class Newer:
     """The rows above the foundation, and the places of removed rows in either; columns as in GalleryItems."""
 
-    ids: tuple[str, ...]
-    labels: tuple[str, ...]
-    metadata: tuple[dict[str, Any], ...]
-    positions: NDArray[np.float32]
+    ids: GrowingKeys
+    labels: GrowingKeys
+    metadata: GrowingColumn[dict[str, Any]]
+    positions: GrowingRows
     vectors: GrowingRows
     gaps: Gaps
-    places: Mapping[str, int]  # of ids that are left
-    members: Mapping[str, tuple[int, ...]]  # rows of each label, left or removed
 
     @classmethod
     def none(cls, dim: int) -> "Newer":
-        positions = np.empty((0, 2), dtype=np.float32)
-        return cls((), (), (), positions, GrowingRows(dim), Gaps(np.empty(0, dtype=np.int64)), {}, {})
+        gaps = Gaps(np.empty(0, dtype=np.int64))
+        return cls(GrowingKeys(), GrowingKeys(), GrowingColumn(), GrowingRows(2), GrowingRows(dim), gaps)
 
 
 class LiveItems:
@@ -74,7 +73,7 @@ class LiveItems:
 
     @cached_property
     def labels(self) -> NDArray[np.str_]:
-        return self._joined(self._foundation.items.labels, np.asarray(self._newer.labels, dtype=np.str_))
+        return self._joined(self._foundation.items.labels, np.asarray([*self._newer.labels], dtype=np.str_))
 
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:
@@ -82,7 +81,7 @@ class LiveItems:
 
     @cached_property
     def positions(self) -> NDArray[np.float32]:
-        return self._joined(self._foundation.items.positions, self._newer.positions)
+        return self._joined(self._foundation.items.positions, self._newer.positions.array)
 
     @cached_property
     def left(self) -> NDArray[np.bool_]:
@@ -106,9 +105,9 @@ class LiveItems:
 
     def place(self, identifier: str) -> int | None:
         """Where the item of this id stands, if it is in the gallery."""
-        place = self._newer.places.get(identifier)
-        if place is None:
-            place = self._foundation.rows.get(identifier)
+        newer = self._newer.ids.rows(identifier)
+        # One that came anew stands in several rows, of which all but the last are removed.
+        place = self._below + newer[-1] if newer else self._foundation.rows.get(identifier)
         return place if place is not None and self.left[place] else None
 
     def row(self, place: int) -> int:
@@ -143,9 +142,9 @@ class LiveItems:
         ids = self._joined(_objects(old.ids), _objects(newer.ids))
         return _CheckedItems(
             ids=ids,
-            labels=self._joined(old.labels, np.asarray(newer.labels, dtype=np.str_)),
+            labels=self._joined(old.labels, np.asarray([*newer.labels], dtype=np.str_)),
             embeddings=self._joined(old.embeddings, newer.vectors.array),
-            positions=self._joined(old.positions, newer.positions),
+            positions=self._joined(old.positions, newer.positions.array),
             thumbnails=_Pictures(ids, self._picture),
             metadata=self._joined(_objects(old.metadata), _objects(newer.metadata)),
         )
@@ -254,8 +253,8 @@ class SettledRows(Mapping[str, int]):
         ids = items.foundation_ids
         for place in newer.gaps.dead[: np.searchsorted(newer.gaps.dead, below)].tolist():
             numbers.pop(ids[place], None)
-        first = len(row_of) - below
-        numbers.update((identifier, first + place) for identifier, place in newer.places.items())
+        added = compress(enumerate(newer.ids, len(row_of)), items.left[below:].tolist())
+        numbers.update((identifier, number) for number, identifier in added)
         left = np.concatenate([used, len(row_of) + np.arange(len(newer.ids))])[items.left]
         rows = np.full(len(row_of) + len(newer.ids), -1, dtype=np.int64)
         rows[left] = np.arange(len(left))

@@ -24,13 +24,13 @@ class Searchable(Protocol):
 
 
 class Reference(Protocol):
-    """Anything with an index, the class of each of its rows (n,), and the clusters of these classes."""
+    """Anything with an index, and the clusters of the classes that its rows belong to."""
 
     @property
     def index(self) -> Searchable: ...
 
-    @property
-    def classes(self) -> NDArray[np.int64]: ...
+    def classes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row in `clusters` of each row's class, in the shape of `rows`."""
 
     @property
     def clusters(self) -> ClassClusters: ...
@@ -47,6 +47,9 @@ class LabelledVectors:
     @cached_property
     def index(self) -> ExactIndex:
         return ExactIndex(self.embeddings)
+
+    def classes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.classes[rows]
 
     def without(self, row: int) -> "LabelledVectors":
         """These less the class `row`."""

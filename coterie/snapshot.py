@@ -70,6 +70,10 @@ class Snapshot:
         """The row in `clusters` of each item's label, int64 (n,)."""
         return np.searchsorted(np.asarray(self.names, dtype=np.str_), self.items.labels)
 
+    def classes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`classes` of these rows alone, in their shape."""
+        return self.classes[rows]
+
     @cached_property
     def rows(self) -> Mapping[str, int]:
         """Where each id stands in `items`."""
@@ -85,6 +89,16 @@ class Snapshot:
         if label not in self.names:
             return np.empty(0, dtype=np.int64)
         return np.flatnonzero(self.classes == self.names.index(label))
+
+    def ids_of(self, label: str) -> frozenset[str]:
+        """The ids of a class."""
+        if label not in self._ids_of:
+            self._ids_of[label] = frozenset(map(self.items.ids.__getitem__, self.members(label).tolist()))
+        return self._ids_of[label]
+
+    @cached_property
+    def _ids_of(self) -> dict[str, frozenset[str]]:
+        return {}
 
     def search(
         self,
@@ -170,19 +184,17 @@ def place_class(base: Snapshot, label: str, ids: Sequence[str], members: NDArray
     if label in base.clusters.labels:
         number = base.clusters.labels.index(label)
         embeddings = embeddings[classes != number]
-        rows = base.rows
-        bundled = np.asarray([rows[identifier] for identifier in ids if identifier in rows], dtype=np.int64)
-        kept = np.count_nonzero(base.classes[bundled] == number)
-        if kept == len(ids) == base.clusters.counts[number]:
+        bundled = base.ids_of(label)
+        kept = len(bundled.intersection(ids))
+        if kept == len(ids) == len(bundled):
             return base.clusters.select([number])
         if kept:
-            return base.clusters.select([number]).with_class(label, members, embeddings)
+            return base.clusters.select([number]).placed(label, members, embeddings)
         # Else the name is used anew, and forgets what it meant.
     # Of the other classes a new one needs to know how wide the widest is.
     others = [row for row in range(len(base.clusters)) if row != number]
     widest = sorted(others, key=base.clusters.reaches.__getitem__)[-1:]
-    placed = base.clusters.select(widest).with_class(label, members, embeddings)
-    return placed.select([placed.labels.index(label)])
+    return base.clusters.select(widest).placed(label, members, embeddings)
 
 
 def join_clusters(clusters: ClassClusters, placed: Mapping[str, ClassClusters | None]) -> ClassClusters:

@@ -15,9 +15,10 @@ from coterie import live_items as live_items_module
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
+from coterie.growing import GrowingColumn, GrowingKeys, GrowingRows
 from coterie.index import ExactIndex
 from coterie.items import GalleryItems
-from coterie.layers import Gaps, GrowingRows, LayeredIndex
+from coterie.layers import Gaps, LayeredIndex
 from coterie.live import LiveSnapshot
 from coterie.metadata import Values
 from coterie.snapshot import Snapshot, join_clusters, place_class
@@ -247,6 +248,23 @@ def test_rows_that_grow_leave_those_who_hold_some_alone() -> None:
     other = one.with_rows(np.full((2, 2), 3, dtype=np.float32))  # as if `two` had never been
     assert [rows.array[:, 0].tolist() for rows in (one, two, other)] == [[1, 1, 1], [1, 1, 1, 2], [1, 1, 1, 3, 3]]
     assert two.array.base is one.array.base  # nothing was copied
+
+
+def test_keys_that_grow_are_looked_up_among_those_that_were_there() -> None:
+    one = GrowingKeys(["a", "b", "a"])
+    two = one.with_entries(["a", "c"])
+    other = one.with_entries(["d"])  # as if `two` had never been
+    assert [list(keys) for keys in (one, two, other)] == [
+        ["a", "b", "a"],
+        ["a", "b", "a", "a", "c"],
+        ["a", "b", "a", "d"],
+    ]
+    assert [keys.rows("a") for keys in (one, two, other)] == [[0, 2], [0, 2, 3], [0, 2]]
+    assert [keys.rows("c") for keys in (one, two, other)] == [[], [4], []]
+    assert two[-1] == "c" and other[3] == "d"
+    with pytest.raises(IndexError, match="no row 3 in 3"):
+        one[3]
+    assert list(GrowingColumn([1]).with_entries([])) == [1]
 
 
 def test_equal_metadata_is_what_json_calls_equal() -> None:
