@@ -28,6 +28,8 @@ Results = Sequence[Result | Exception]
 
 # The longest that a job which is ready waits for others that nearly are.
 HOLD_SECONDS = 0.002
+# What takes less in all is not worth dividing among runners.
+DIVIDED_SECONDS = 0.02
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +93,8 @@ class Batcher(Generic[Row, Context, Result]):
             where an exception stands for the failure of its row; called in a pool of `runners` threads. If it raises,
             the batch is halved until the failure is that of one row.
         capacity: how many rows may be under way, from arrival to answer.
+        spread: whether a batch takes time in proportion to its rows: then, where that is long, none takes more than its
+            share of the rows under way, so that a runner which becomes free finds some waiting.
         patience: seconds; further rows are refused while those under way would take longer.
         observer: is told how long rows waited for a runner.
 
@@ -104,6 +108,7 @@ class Batcher(Generic[Row, Context, Result]):
         *,
         max_batch: int,
         capacity: int,
+        spread: bool = False,
         patience: float = math.inf,
         runners: int = 1,
         observer: Observer = Observer(),
@@ -112,6 +117,8 @@ class Batcher(Generic[Row, Context, Result]):
         self.max_batch, self.capacity, self._patience = max_batch, capacity, patience
         self._runners = ThreadPoolExecutor(runners, thread_name_prefix="run")
         self._free = runners
+        self._shares = runners + 1 if spread else 1
+        self._ran_rows, self._ran_seconds = 1.0, 0.0  # lately
         self._queue: deque[_Job[Row, Context, Result]] = deque()
         self._coming = 0
         self._holding = self._soon = False
@@ -195,17 +202,17 @@ class Batcher(Generic[Row, Context, Result]):
         while self._free and (batch := self._next_batch()):
             self._free -= 1
             outcome = asyncio.get_running_loop().run_in_executor(
-                self._runners, self._run_apart, [part for _, _, part in batch]
+                self._runners, self._timed, [part for _, _, part in batch]
             )
             places = [(job, place) for job, place, _ in batch]
             outcome.add_done_callback(lambda done, places=places: self._deliver(places, done))  # type: ignore[misc]
 
     def _is_early(self) -> bool:
-        """Whether a batch would not be full, and is worth holding back for jobs that are coming; sees to its end."""
+        """Whether a batch could take more, and is worth holding back for jobs that are coming; sees to its end."""
         oldest, rows = self._queue[0], 0
         for job in self._queue:
             rows += len(job.rows)
-            if rows >= self.max_batch:
+            if rows >= self._share():
                 return False
         left = oldest.since + HOLD_SECONDS - time.perf_counter()
         if left <= 0:
@@ -219,12 +226,21 @@ class Batcher(Generic[Row, Context, Result]):
         self._holding = False
         self._dispatch()
 
+    def _share(self) -> int:
+        """How many rows a batch takes now, though one job may bring more."""
+        if self.under_way * self._ran_seconds < DIVIDED_SECONDS * self._ran_rows:
+            return self.max_batch
+        return min(self.max_batch, -(-self.under_way // self._shares))
+
     def _next_batch(self) -> list[tuple[_Job[Row, Context, Result], int, Part[Row, Context]]]:
         """Parts for one batch, each with its job and its place among the job's results."""
         batch, room, now = [], self.max_batch, time.perf_counter()
+        kept = room - self._share()
         while self._queue and room:
             job = self._queue[0]
             if not job.done.done():
+                if batch and kept and len(job.rows) > room - kept:
+                    break
                 part = job.take(room)
                 batch.append((job, len(job.results) - 1, part))
                 room -= len(part.rows)
@@ -234,6 +250,11 @@ class Batcher(Generic[Row, Context, Result]):
                     break
             self._queue.popleft()
         return batch
+
+    def _timed(self, parts: list[Part[Row, Context]]) -> tuple[list[Results[Result]], float]:
+        """What a batch gives, and the seconds that it took."""
+        began = time.perf_counter()
+        return self._run_apart(parts), time.perf_counter() - began
 
     def _run_apart(self, parts: list[Part[Row, Context]]) -> list[Results[Result]]:
         """Run a batch so that a failure stays with the row that causes it."""
@@ -256,17 +277,19 @@ class Batcher(Generic[Row, Context, Result]):
     def _deliver(
         self,
         places: list[tuple[_Job[Row, Context, Result], int]],
-        outcome: "asyncio.Future[list[Results[Result]]]",
+        outcome: "asyncio.Future[tuple[list[Results[Result]], float]]",
     ) -> None:
         self._free += 1
         try:
-            found = outcome.result()
+            found, seconds = outcome.result()
         except BaseException:  # the pool was closed, or its thread told to stop
             for job, _ in places:
                 job.done.cancel()
             return
         for (job, place), results in zip(places, found, strict=True):
             job.put(place, results)
+        self._ran_rows = 0.9 * self._ran_rows + sum(map(len, found))
+        self._ran_seconds = 0.9 * self._ran_seconds + seconds
         self._dispatch()
 
 

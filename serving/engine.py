@@ -23,6 +23,7 @@ from coterie.bundle import Bundle
 from coterie.errors import CoterieError
 from coterie.gallery import Gallery, Snapshot
 from coterie.machine import processors
+from coterie.providers import CPU
 from coterie.store import StoreOptions
 from serving.batcher import Batcher, Part
 from serving.decoder import Decoder
@@ -112,6 +113,7 @@ class Engine:
             self._run,
             max_batch=MAX_BATCH,
             capacity=capacity,
+            spread=self._encoder.provider == CPU.provider,
             patience=limits.seconds / 3,  # measured, so wrong at times, and no answer may come too late
             runners=self._encoder.concurrency,
             observer=observer,

@@ -140,6 +140,33 @@ def test_two_runners_take_two_batches_at_a_time(run: Doubler) -> None:
     play(scene())
 
 
+@pytest.mark.parametrize(
+    ("long", "jobs", "sizes"),
+    [
+        (True, [1] * 12, [4, 4, 4]),  # four rows are left for the runner that is free first
+        (True, [3, 3, 1, 5], [3, 4, 5]),  # no job is cut
+        (True, [20], [16, 4]),  # but by the size of a batch
+        (False, [1] * 12, [12]),
+    ],
+)
+def test_long_work_is_divided_so_that_a_free_runner_finds_some(
+    run: Doubler, monkeypatch: pytest.MonkeyPatch, long: bool, jobs: list[int], sizes: list[int]
+) -> None:
+    async def scene() -> None:
+        one = batcher(run, runners=2, max_batch=16, spread=True)
+        await ask(one, 0)  # tells how long a row takes
+        run.gate.clear()
+        answers = [asyncio.ensure_future(ask(one, *range(count))) for count in jobs]
+        await until(lambda: len(run.batches) == 1 + min(2, len(sizes)))
+        assert one.waiting == sum(sizes[2:])
+        run.gate.set()
+        await asyncio.gather(*answers)
+
+    monkeypatch.setattr("serving.batcher.DIVIDED_SECONDS", 0 if long else float("inf"))
+    play(scene())
+    assert sorted(map(len, run.batches[1:3])) == sorted(sizes[:2])
+
+
 def test_parts_of_a_job_that_come_back_in_another_order_are_put_in_theirs() -> None:
     gate = threading.Event()
 
