@@ -83,6 +83,9 @@ class _Job(Generic[Row, Context, Result]):
 
 # What is measured over less says little.
 PACE_SECONDS = 1.0
+# Who arrives in a turn of the event loop that has taken in others for so long, while so many rows are under way, is
+# refused: else one turn would take in hundreds, and nobody else be heard for seconds.
+TURN_SECONDS, MANY_UNDER_WAY = 0.25, 64
 
 
 class Batcher(Generic[Row, Context, Result]):
@@ -125,19 +128,29 @@ class Batcher(Generic[Row, Context, Result]):
         self.under_way = 0
         # Rows a second that were answered lately, and the count that the next measurement comes from.
         self._pace, self._answered, self._since = math.inf, 0, 0.0
+        self._turn: float | None = None  # when the first of those arrived that the loop takes in at once
+
+    def check_room(self, rows: int = 1) -> None:
+        """Whether there is room for so many more rows.
+
+        Raises:
+            OverloadedError: more would be under way than there is capacity for, or those that are would take too long,
+                or the event loop is too busy with others.
+        """
+        ahead = self.under_way / self._pace
+        if self.under_way + rows > self.capacity or ahead > self._patience or self._is_long_turn():
+            raise OverloadedError(
+                "too many images are waiting: try again in a moment", headers={"Retry-After": str(max(1, round(ahead)))}
+            )
 
     @contextmanager
     def room_for(self, rows: int) -> Iterator[None]:
         """Keep room for so many rows, from their arrival until they are answered.
 
         Raises:
-            OverloadedError: more would be under way than there is capacity for, or those that are would take too long.
+            OverloadedError: as `check_room`.
         """
-        ahead = self.under_way / self._pace
-        if self.under_way + rows > self.capacity or ahead > self._patience:
-            raise OverloadedError(
-                "too many images are waiting: try again in a moment", headers={"Retry-After": str(max(1, round(ahead)))}
-            )
+        self.check_room(rows)
         if not self.under_way:  # an idle time says nothing about the pace
             self._answered, self._since = 0, time.perf_counter()
         self.under_way += rows
@@ -178,6 +191,16 @@ class Batcher(Generic[Row, Context, Result]):
     def close(self) -> None:
         """Let go of the threads; nothing may be submitted afterwards."""
         self._runners.shutdown(wait=False, cancel_futures=True)
+
+    def _is_long_turn(self) -> bool:
+        now = time.perf_counter()
+        if self._turn is None:
+            self._turn = now
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        return self.under_way >= MANY_UNDER_WAY and now - self._turn > TURN_SECONDS
+
+    def _end_turn(self) -> None:
+        self._turn = None
 
     def _measure_pace(self, rows: int) -> None:
         """How many rows a second are answered, wherever it is that they spend their time: decoding, queue, search."""

@@ -162,6 +162,14 @@ class Engine:
             _raise_first(rows, partial)
         return Answered(rows, outcome.waited, sum(asked.encode_seconds))
 
+    def check_room(self) -> None:
+        """Whether an image would be taken in now; so that one that is not need not be read.
+
+        Raises:
+            OverloadedError: too many images are under way.
+        """
+        self._batcher.check_room()
+
     @property
     def under_way(self) -> int:
         """Images between arrival and answer."""

@@ -18,6 +18,7 @@ from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
 from serving.metrics import metrics
 from serving.presenting import Presented
+from serving.requests import engine_of
 
 __all__ = ["build_app"]
 
@@ -49,8 +50,8 @@ ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, N
 
 
 class Direct:
-    """Answers the routes of `ASKING` at once, which spares a busy service a twentieth of its work; and hands all other
-    requests to `app`, which answers the same."""
+    """Answers the routes of `ASKING` at once, which spares a busy service a twentieth of its work, and what there is no
+    room for before its body is read; and hands all other requests to `app`, which answers the same."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -63,6 +64,7 @@ class Direct:
         scope["route"] = route
         request = Request(scope, receive)
         try:
+            engine_of(request).check_room()
             response: Response = await route.endpoint(request)
         except RequestError as error:
             response = await on_error(request, error)

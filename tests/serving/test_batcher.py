@@ -270,6 +270,33 @@ def test_rows_are_refused_while_those_before_them_would_take_too_long(
     play(scene())
 
 
+def test_a_turn_of_the_loop_takes_in_no_more_than_it_has_time_for(
+    run: Doubler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr("serving.batcher.time", clock)
+    monkeypatch.setattr("serving.batcher.MANY_UNDER_WAY", 2)
+
+    async def scene() -> None:
+        one = batcher(run)
+        run.gate.clear()
+        taken = asyncio.ensure_future(ask(one, 1, 2))
+        await until(lambda: one.under_way == 2)
+        one.check_room()
+        clock.now += 1.0  # with others that came at the same time
+        with pytest.raises(OverloadedError):
+            one.check_room()
+        await asyncio.sleep(0)
+        one.check_room()
+        run.gate.set()
+        assert await taken == [2, 4]
+        one.check_room()
+        clock.now += 1.0  # the loop was held up, but there is little to do
+        one.check_room()
+
+    play(scene())
+
+
 def test_the_rows_of_a_cancelled_job_are_dropped_and_their_room_given_back(run: Doubler) -> None:
     async def scene() -> None:
         one = batcher(run, capacity=16)
