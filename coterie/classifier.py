@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import Neighbor, Snapshot
-from coterie.nearest import nearest_of
 from coterie.prototypes import gaps
 from coterie.reference import Reference
 
@@ -313,7 +312,7 @@ def verify(
         raise DataError(f"the gallery has no class {label!r}: `coterie gallery list` shows which it has")
     row = clusters.labels.index(label)
     to_class, radii = (found[:, 0] for found in clusters.select([row]).similarities(embeddings))
-    to_item = nearest_of(embeddings, snapshot.items, snapshot.members(label), 1)[0][:, 0]
+    to_item = snapshot.index.search(embeddings, 1, allowed=snapshot.members(label))[0][:, 0]
     joint = 1 - joined_gap(gaps(to_class), gaps(to_item), calibration.neighbor_share)
     typical, bounds = _reaches(clusters, np.full(len(embeddings), row), radii, calibration)
     thresholds, identity = _thresholds(typical, bounds, limit), calibration.id

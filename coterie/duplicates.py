@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.items import Items
-from coterie.nearest import DECIMALS
 
 __all__ = ["Duplicates", "Pair", "find_duplicates"]
 
@@ -20,6 +19,7 @@ THRESHOLD = 0.98
 MOST_PAIRS = 10_000
 # Rows compared at once: 1,024 × 4,096 similarities are 16 MB.
 ROWS, COLUMNS = 1024, 4096
+DECIMALS = 6
 # Ends of the histogram's bins, finer towards 1 where copies lie.
 EDGES = (-1.0, 0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0)
 

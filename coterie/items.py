@@ -16,7 +16,7 @@ from coterie.changes import StoredItem
 from coterie.errors import BundleError, DataError
 from coterie.ranking import check_unit_vectors
 
-__all__ = ["ID_DIGITS", "Column", "GalleryItems", "Items", "item_id", "matrix_column", "products"]
+__all__ = ["ID_DIGITS", "Column", "GalleryItems", "Items", "item_id", "matrix_column"]
 
 ID_DIGITS = 24
 Entry_co = TypeVar("Entry_co", covariant=True)
@@ -54,9 +54,6 @@ class Items(Protocol):
     @property
     def dim(self) -> int:
         """Width of the embeddings."""
-
-    def similarities(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of queries (m, d) to the items at `rows` (r,), (m, r)."""
 
     def select(self, rows: NDArray[np.int64]) -> "GalleryItems":
         """The items at `rows`, in that order."""
@@ -123,10 +120,6 @@ class GalleryItems:
         """Width of the embeddings."""
         return int(self.embeddings.shape[1])
 
-    def similarities(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of queries (m, d) to the items at `rows` (r,), (m, r)."""
-        return products(queries, self.embeddings, rows)
-
     def select(self, rows: NDArray[np.int64]) -> "GalleryItems":
         """The items at `rows`, in that order."""
         return GalleryItems(
@@ -186,16 +179,6 @@ class GalleryItems:
             )
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, DataError) as error:
             raise BundleError(f"{path} is not a gallery: {error}") from error
-
-
-def products(
-    queries: NDArray[np.float32], vectors: NDArray[np.float32], rows: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Similarities of queries (m, d) to `vectors` (n, d) at `rows` (r,), (m, r)."""
-    # To pick rows out costs four times as much as to multiply them.
-    if 4 * len(rows) > len(vectors):
-        return (queries @ vectors.T)[:, rows]
-    return np.asarray(queries @ vectors[rows].T)
 
 
 def matrix_column(column: pa.ChunkedArray) -> NDArray[np.float32]:

@@ -9,16 +9,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.nearest import best
-from coterie.ranking import check_unit_vectors
+from coterie.ranking import Found, merged
 from coterie.snapshot import Index
 
 __all__ = ["Gaps", "LayeredIndex"]
 
 # Fetched from the lower layer beyond k, in case that some are removed; if too few are left, four times as many.
 SPARE = 16
-# More than the two layers' ways of multiplying differ by.
-CLOSE = 1e-5
 
 
 class Gaps:
@@ -59,43 +56,39 @@ class LayeredIndex:
     """Search in both layers at once; answers as one index over the rows that are left would.
 
     Args:
-        lower: over the lower layer.
-        upper: vectors (m, d) of unit length.
+        lower, upper: over the rows of each layer.
         gaps: places of removed rows in either.
     """
 
-    def __init__(self, lower: Index, upper: NDArray[np.float32], gaps: Gaps) -> None:
+    def __init__(self, lower: Index, upper: Index, gaps: Gaps) -> None:
         self._lower, self._upper, self._gaps = lower, upper, gaps
         self._below = int(np.searchsorted(gaps.dead, len(lower)))
 
     def __len__(self) -> int:
         return len(self._lower) + len(self._upper) - len(self._gaps.dead)
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """As `ExactIndex.search`."""
-        similarities, places = self._search_lower(queries, k)
-        if len(self._upper):
-            queries = check_unit_vectors(queries, self._upper.shape[1])
-            above = queries @ self._upper.T
-            above[:, self._gaps.dead[self._below :] - len(self._lower)] = -np.inf
-            wanted, where = min(k, len(self)), len(self._lower) + np.arange(len(self._upper))
-            if similarities.shape[1] == wanted:
-                # Few are as near as the last that the lower layer has found, and the others need no order.
-                near = (above >= similarities[:, -1:] - CLOSE).any(axis=0)
-                above, where = above[:, near], where[near]
-            similarities = np.concatenate([similarities, above], axis=1)
-            places = np.concatenate([places, np.broadcast_to(where, above.shape)], axis=1)
-            similarities, places = best(similarities, places, wanted)
+    def search(self, queries: NDArray[np.float32], k: int, *, allowed: NDArray[np.int64] | None = None) -> Found:
+        """As `coterie.index.ExactIndex.search`; `allowed` are ascending row numbers."""
+        first = len(self._lower)
+        if allowed is None:
+            lower = self._search_lower(queries, k)
+            upper = self._upper.search(queries, k, allowed=self._left_above)
+        else:
+            places = self._gaps.places(allowed)
+            below = int(np.searchsorted(places, first))
+            lower = self._lower.search(queries, k, allowed=places[:below])
+            upper = self._upper.search(queries, k, allowed=places[below:] - first)
+        similarities, places = merged([lower, (upper[0], upper[1] + first)], k)
         return similarities, self._gaps.rows(places)
 
-    def _search_lower(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search_lower(self, queries: NDArray[np.float32], k: int) -> Found:
         if not self._below:
             return self._lower.search(queries, k)
         wanted = min(k, len(self._lower) - self._below)
         fetched = wanted + min(self._below, SPARE)
         while True:
             similarities, places = self._lower.search(queries, fetched)
-            left = self._left[places]
+            left = self._left_below[places]
             if fetched >= len(self._lower) or (left.sum(axis=1) >= wanted).all():
                 break
             fetched = min(4 * fetched, len(self._lower))
@@ -103,7 +96,13 @@ class LayeredIndex:
         return np.take_along_axis(similarities, first, 1), np.take_along_axis(places, first, 1)
 
     @cached_property
-    def _left(self) -> NDArray[np.bool_]:
+    def _left_below(self) -> NDArray[np.bool_]:
         left = np.ones(len(self._lower), dtype=bool)
         left[self._gaps.dead[: self._below]] = False
         return left
+
+    @cached_property
+    def _left_above(self) -> NDArray[np.int64] | None:
+        """The rows of the upper layer that are left; None for all."""
+        dead = self._gaps.dead[self._below :] - len(self._lower)
+        return np.delete(np.arange(len(self._upper)), dead) if len(dead) else None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
+from coterie.index import ExactIndex
 from coterie.items import Items
 from coterie.layers import Gaps, LayeredIndex
 from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById, SettledRows
@@ -77,7 +78,8 @@ class LiveSnapshot(Snapshot):
 
     @cached_property
     def index(self) -> LayeredIndex:
-        return LayeredIndex(self._foundation.index, self._newer.vectors.array, self._newer.gaps)
+        newer = ExactIndex(self._newer.vectors.array, checked=True)
+        return LayeredIndex(self._foundation.index, newer, self._newer.gaps)
 
     @cached_property
     def classes(self) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.growing import GrowingColumn, GrowingKeys, GrowingRows
-from coterie.items import Column, GalleryItems, products
+from coterie.items import Column, GalleryItems
 from coterie.layers import Gaps
 from coterie.metadata import Values
 from coterie.snapshot import Snapshot
@@ -116,14 +116,6 @@ class LiveItems:
     @property
     def dim(self) -> int:
         return self._foundation.items.dim
-
-    def similarities(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        places = self._newer.gaps.places(rows)
-        below = places < self._below
-        found = np.empty((len(queries), len(rows)), dtype=np.float32)
-        found[:, below] = self._foundation.items.similarities(queries, places[below])
-        found[:, ~below] = products(queries, self._newer.vectors.array, places[~below] - self._below)
-        return found
 
     def select(self, rows: NDArray[np.int64]) -> GalleryItems:
         ids = tuple(self.ids[row] for row in rows.tolist())

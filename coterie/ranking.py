@@ -4,10 +4,12 @@ So an answer depends neither on the other queries of its batch, nor on who propo
 to be. Products are NumPy's own, not those of its BLAS, whose threads would wait for each other on busy cores.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["BLOCK", "DOUBT", "Found", "check_unit_vectors", "largest", "ranked", "scanned"]
+__all__ = ["BLOCK", "DOUBT", "MILLION", "Found", "check_unit_vectors", "largest", "merged", "ranked", "scanned"]
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -74,6 +76,14 @@ def scanned(
     return _unpacked(np.sort(keys)[:k])
 
 
+def merged(parts: Sequence[Found], k: int) -> Found:
+    """The k nearest of what several searches among different rows have found for the same queries, each (m, c)."""
+    similarities, rows = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
+    keys = _packed(similarities.astype(np.float64), rows)
+    keys.sort(axis=1)
+    return _unpacked(keys[:, :k])
+
+
 def largest(similarities: NDArray[np.float32], rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Those `count` of each line's `rows` (m, c) whose similarities are largest, in any order."""
     if rows.shape[1] <= count:
@@ -84,7 +94,10 @@ def largest(similarities: NDArray[np.float32], rows: NDArray[np.int64], count: i
 def _keys(queries: NDArray[np.float32], vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Numbers that sort by similarity in millionths, then by row, for candidate `rows` (m, c); -1 comes last."""
     candidates = vectors.take(rows, axis=0, mode="wrap").astype(np.float64)  # (m, c, d)
-    similarities = np.vecdot(candidates, queries.astype(np.float64)[:, None, :])
+    return _packed(np.vecdot(candidates, queries.astype(np.float64)[:, None, :]), rows)
+
+
+def _packed(similarities: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     distances = 2 * MILLION - np.rint(similarities * MILLION).astype(np.int64)
     keys: NDArray[np.uint64] = ((distances << ROW_BITS) | rows).view(np.uint64)  # -1 becomes the largest number
     return keys

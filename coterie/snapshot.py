@@ -13,7 +13,7 @@ from coterie.errors import DataError
 from coterie.index import build_index
 from coterie.items import GalleryItems, Items
 from coterie.metadata import Values
-from coterie.nearest import nearest_of
+from coterie.ranking import Found
 
 __all__ = ["Index", "Neighbor", "Snapshot", "join_clusters", "place_class"]
 
@@ -22,11 +22,11 @@ STRANGERS = 1024
 
 
 class Index(Protocol):
-    """Nearest neighbours among rows; see `coterie.index.ExactIndex`."""
+    """Nearest neighbours among rows, or among those `allowed`, ascending; see `coterie.index.ExactIndex`."""
 
     def __len__(self) -> int: ...
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...
+    def search(self, queries: NDArray[np.float32], k: int, *, allowed: NDArray[np.int64] | None = None) -> Found: ...
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ class Snapshot:
         Raises:
             DataError: there is no such class.
         """
-        rows = self.matching(labels, metadata)
-        if rows is None:
-            similarities, nearest = self.index.search(embeddings, k)
-        else:
-            similarities, nearest = nearest_of(embeddings, self.items, rows, k)
+        similarities, nearest = self.index.search(embeddings, k, allowed=self.matching(labels, metadata))
         items = self.items
         return [
             [

@@ -71,7 +71,7 @@ def find_leaks(
                     truth=str(queries.labels[query]),
                     item=items.ids[row],
                     label=items.label(row),
-                    similarity=float(items.similarities(queries.embeddings[query][None], np.asarray([row]))[0, 0]),
+                    similarity=float(items.embeddings[row] @ queries.embeddings[query]),
                     same_bytes=exact,
                     thumbnail=images.thumbnails[query] if images.thumbnails else b"",
                     item_thumbnail=items.thumbnails[row],

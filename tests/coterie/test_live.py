@@ -236,10 +236,30 @@ def test_the_lower_layer_is_asked_for_more_until_enough_are_left() -> None:
     query = vectors[:1]
     order = np.argsort(-(vectors @ query[0]))
     gone = np.sort(order[:300])  # all that are anywhere near
-    index = LayeredIndex(ExactIndex(vectors), np.empty((0, 8), dtype=np.float32), Gaps(gone))
+    index = LayeredIndex(ExactIndex(vectors), ExactIndex(vectors[:0]), Gaps(gone))
     left = np.delete(vectors, gone, axis=0)
     assert index.search(query, 7)[1].tolist() == ExactIndex(left).search(query, 7)[1].tolist()
     assert len(index.search(query, 1000)[1][0]) == 200
+
+
+@pytest.mark.parametrize("share", [None, 0.02, 0.6, 0.95])
+def test_two_layers_answer_as_one_index_to_the_last_bit(share: float | None) -> None:
+    """Whatever the batch; though equal vectors lie in both layers, and many are nearly equal."""
+    generator = np.random.default_rng(0)
+    apart = generator.normal(size=(40, 24))
+    spread = apart[generator.integers(0, 40, 700)] + 0.002 * generator.normal(size=(700, 24))
+    below = (spread / np.linalg.norm(spread, axis=1, keepdims=True)).astype(np.float32)
+    above = below[generator.integers(0, 700, 300)]
+    dead = np.sort(generator.choice(1000, 90, replace=False))
+    left = np.delete(np.concatenate([below, above]), dead, axis=0)
+    layered, one = LayeredIndex(ExactIndex(below), ExactIndex(above), Gaps(dead)), ExactIndex(left)
+    allowed = None if share is None else np.flatnonzero(generator.random(len(left)) < share)
+    queries = np.concatenate([below[::70], above[::60]])
+    similarities, rows = one.search(queries, 12, allowed=allowed)
+    for batch in (queries[:1], queries[:4], queries):
+        found = layered.search(batch, 12, allowed=allowed)
+        assert np.array_equal(found[1], rows[: len(batch)])
+        assert np.array_equal(found[0], similarities[: len(batch)])
 
 
 def test_rows_that_grow_leave_those_who_hold_some_alone() -> None:
