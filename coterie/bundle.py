@@ -29,6 +29,7 @@ from coterie.errors import BundleError, DataError, ImageError
 from coterie.files import atomic_directory
 from coterie.gallery import Gallery, GalleryItems, Snapshot, matrix_column
 from coterie.images import ImageSource, Preprocessing, load_pixels
+from coterie.index import IndexOptions
 from coterie.labels import check_label
 from coterie.providers import check_device
 from coterie.session import model_shapes
@@ -198,16 +199,29 @@ class Bundle:
             raise BundleError(f"{self.path} has different classes in its {MANIFEST}, {GALLERY} and {CLUSTERS}")
         return Snapshot(items, clusters)
 
-    def gallery(self, state: Path | None = None, *, options: StoreOptions = StoreOptions()) -> Gallery:
+    def gallery(
+        self,
+        state: Path | None = None,
+        *,
+        options: StoreOptions = StoreOptions(),
+        index: IndexOptions = IndexOptions(),
+    ) -> Gallery:
         """The gallery; with a state folder, changes kept there are part of it and can be added to.
 
         Images that were enrolled with another encoder are embedded anew, which may take a while.
 
+        Args:
+            options: how changes are kept.
+            index: what the index may cost.
+
         Raises:
             StoreError: the changes cannot be read.
         """
+        base = self.base
+        if index != base.options:
+            base = Snapshot(base.items, base.clusters, options=index)
         if state is None:
-            return Gallery(self.base)
+            return Gallery(base)
         store = Store(
             state / self.manifest.name / "gallery.sqlite", encoder=self.manifest.files[MODEL].sha256, options=options
         )
@@ -216,13 +230,13 @@ class Bundle:
             preprocessing = self.manifest.encoder.preprocessing
             embed_anew(
                 store,
-                known=self.base.rows,
+                known=base.rows,
                 decode=lambda content: load_pixels(content, preprocessing),
                 encode=self.encoder.embed,
             )
 
         try:
-            return Gallery(self.base, store, complete=complete)
+            return Gallery(base, store, complete=complete)
         except BaseException:
             store.close()
             raise

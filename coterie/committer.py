@@ -26,10 +26,15 @@ ERASING_SECONDS = 0.5
 @dataclass
 class _Request:
     change: Callable[[sqlite3.Connection], Any]
-    erases: bool
+    erasing: Callable[[], bool]
     result: Any = None
     failure: Exception | None = None
     done: Future[Any] = field(default_factory=Future)
+
+    @property
+    def erases(self) -> bool:
+        """Whether what it deleted must be cut off the log; known once the change has run."""
+        return self.failure is None and self.erasing()
 
     def settle(self) -> None:
         """Let the caller go on."""
@@ -57,12 +62,14 @@ class Committer:
         self._closed = False
         self._unerased = False
 
-    def run(self, change: Callable[[sqlite3.Connection], Result], *, erases: bool = False) -> Result:
+    def run(
+        self, change: Callable[[sqlite3.Connection], Result], *, erases: Callable[[], bool] = lambda: False
+    ) -> Result:
         """Run `change` within a transaction; what it returned, once that is on disk.
 
         Args:
-            erases: also cut what it deleted off the log. While a reader needs the log, this is tried again in the
-                background.
+            erases: asked after the change whether to cut what it deleted off the log. While a reader needs the log,
+                this is tried again in the background.
 
         Raises:
             StoreError: the transaction failed, or the store is closed.
@@ -99,7 +106,7 @@ class Committer:
             for request in batch:
                 if not request.erases:
                     request.settle()
-                self._unerased |= request.erases and request.failure is None
+                self._unerased |= request.erases
             if db is not None and self._unerased:
                 self._erase(db)
             for request in batch:

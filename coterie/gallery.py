@@ -124,7 +124,8 @@ class Gallery:
             DataError: there is no such item, or what it is to have cannot be kept.
             StoreError: the change cannot be kept.
         """
-        items, row = self.snapshot().items, self.snapshot().rows.get(identifier)
+        now = self.snapshot()
+        items, row = now.items, now.rows.get(identifier)
         if row is None:
             raise DataError(f"the gallery has no item {identifier}")
         edit = Edit(

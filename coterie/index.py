@@ -5,6 +5,7 @@ What was chosen, why, and how near it comes to exact search stands in the index'
 
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from coterie.ranking import check_unit_vectors
 __all__ = [
     "ExactIndex",
     "Index",
+    "IndexOptions",
     "IndexReport",
     "InvertedIndex",
     "Kind",
@@ -40,6 +42,19 @@ TEMPERATURE = 0.1
 # of them had better look at every row.
 RECALL_SHARE = 1 / 16
 USELESS_SHARE = 1 / 2
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """What an index may cost.
+
+    Attributes:
+        latency_budget: seconds a query may take.
+        memory_budget: bytes that it may take beside the vectors; None for any number.
+    """
+
+    latency_budget: float = 0.010
+    memory_budget: int | None = None
 
 
 def build_index(

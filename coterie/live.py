@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
-from coterie.index import ExactIndex
+from coterie.index import ExactIndex, IndexOptions
 from coterie.items import Items
 from coterie.layers import Gaps, LayeredIndex
 from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById, SettledRows
@@ -50,7 +50,7 @@ class LiveSnapshot(Snapshot):
         self._base, self._foundation, self._newer, self._picture = base, foundation, newer, picture
         self._placed, self._placing = placed, placing
         self._live = LiveItems(foundation, newer, picture)
-        self.items, self.sequence = self._live, sequence
+        self.items, self.sequence, self.options = self._live, sequence, base.options
 
     @classmethod
     def of(cls, base: Snapshot, picture: Picture) -> "LiveSnapshot":
@@ -129,7 +129,7 @@ class LiveSnapshot(Snapshot):
     def settled(self) -> "LiveSnapshot":
         """The same rows, all of them foundation, with everything at hand that a search needs."""
         rows = SettledRows.after(self._foundation.rows, self._live, self._newer)
-        foundation = _Foundation(self._live.whole(), self.names, self.sequence, self.classes, rows)
+        foundation = _Foundation(self._live.whole(), self.names, self.sequence, self.classes, rows, self.options)
         foundation.index  # noqa: B018  a cached property
         newer, done = Newer.none(self.items.dim), "clusters" in self.__dict__
         placing = {} if done else _placings(self._base, foundation, newer, self._placing)
@@ -171,8 +171,9 @@ class _Foundation(Snapshot):
         sequence: int,
         classes: NDArray[np.int64],
         rows: Mapping[str, int],
+        options: IndexOptions,
     ) -> None:
-        self.items, self.sequence = items, sequence
+        self.items, self.sequence, self.options = items, sequence, options
         self._names, self._classes, self._rows = names, classes, rows
 
     @property

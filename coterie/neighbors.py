@@ -61,6 +61,11 @@ class IndexReport:
     id_recall: float | None = None
     label_agreement: float | None = None
 
+    def __str__(self) -> str:
+        measured = {"id recall": self.id_recall, "label agreement": self.label_agreement}
+        parts = [f"{name} {value:.3f}" for name, value in measured.items() if value is not None]
+        return f"{self.kind} index of {self.n:,} rows ({self.reason}): {', '.join(parts)}"
+
 
 class Index(ABC):
     """Search by cosine similarity: what all indexes share.

@@ -1,5 +1,6 @@
 """A gallery at one moment: its rows, an index over them and the class clusters. Nothing in a snapshot changes."""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,14 @@ from numpy.typing import NDArray
 
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
-from coterie.index import build_index
+from coterie.index import IndexOptions, build_index
 from coterie.items import GalleryItems, Items
 from coterie.metadata import Values
 from coterie.ranking import Found
 
 __all__ = ["Index", "Neighbor", "Snapshot", "join_clusters", "place_class"]
+
+logger = logging.getLogger("coterie.gallery")
 
 # So many of the bundle's items, evenly chosen, tell where a fifth of them begins.
 STRANGERS = 1024
@@ -46,10 +49,13 @@ class Snapshot:
         items: all rows.
         clusters: one for every label that has rows.
         sequence: of the last change of the store that is in it.
+        options: of the index.
     """
 
-    def __init__(self, items: Items, clusters: ClassClusters, sequence: int = 0) -> None:
-        self.items, self.sequence = items, sequence
+    def __init__(
+        self, items: Items, clusters: ClassClusters, sequence: int = 0, options: IndexOptions = IndexOptions()
+    ) -> None:
+        self.items, self.sequence, self.options = items, sequence, options
         self._clusters = clusters
 
     @property
@@ -63,7 +69,15 @@ class Snapshot:
 
     @cached_property
     def index(self) -> Index:
-        return build_index(self.items.embeddings, self.classes)
+        options = self.options
+        index = build_index(
+            self.items.embeddings,
+            self.classes,
+            latency_budget=options.latency_budget,
+            memory_budget=options.memory_budget,
+        )
+        logger.info("%s", index.report)
+        return index
 
     @cached_property
     def classes(self) -> NDArray[np.int64]:
@@ -154,7 +168,7 @@ class Snapshot:
         for label in sorted(touched):
             rows = np.flatnonzero(items.labels == label)
             placed[label] = place_class(self, label, [items.ids[row] for row in rows], items.embeddings[rows])
-        return Snapshot(items, join_clusters(self.clusters, placed), sequence)
+        return Snapshot(items, join_clusters(self.clusters, placed), sequence, self.options)
 
     @cached_property
     def strangers(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

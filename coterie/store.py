@@ -121,7 +121,10 @@ class Store:
         ]
         metadata = [_as_json(item.id, item.metadata) for item in items]
 
+        replaces = False
+
         def change(db: sqlite3.Connection) -> Receipt | None:
+            nonlocal replaces
             if receipt is not None:
                 if known := receipts.find(db, receipt.key):
                     return known
@@ -131,6 +134,7 @@ class Store:
                 if sha256 is not None and not self._originals.has(sha256):
                     self._originals.write(item.original or b"")
             numbers = schema.next_numbers(db, len(items))
+            replaces = any(db.execute("SELECT 1 FROM items WHERE id = ?", (item.id,)).fetchone() for item in items)
             rows = [
                 (item.id, number, item.label, text, sha256)
                 for item, number, text, sha256 in zip(items, numbers, metadata, originals, strict=True)
@@ -144,7 +148,7 @@ class Store:
             return receipt
 
         try:
-            kept = self._committer.run(change)
+            kept = self._committer.run(change, erases=lambda: replaces)  # what an item's metadata said before, too
         except CoterieError:
             # What was refused must not fill the disk either.
             self._delete_originals([sha256 for sha256 in originals if sha256 is not None], must=False)
@@ -179,7 +183,7 @@ class Store:
             self._hold_quota(db, {edit.label for edit in edits})
 
         # What the metadata said before is erased too.
-        self._committer.run(change, erases=True)
+        self._committer.run(change, erases=lambda: True)
 
     def remove(self, ids: Sequence[str], *, bundled: Collection[str] = ()) -> None:
         if not ids:
@@ -198,7 +202,7 @@ class Store:
             schema.forget_tombstones(db, TOMBSTONES)
             return [row[0] for row in known if row and row[0]]
 
-        self._delete_originals(self._committer.run(change, erases=True))
+        self._delete_originals(self._committer.run(change, erases=lambda: True))
 
     def thumbnail(self, identifier: str) -> bytes:
         rows = self._read("SELECT thumbnail FROM thumbnails WHERE id = ?", (identifier,))

@@ -288,6 +288,10 @@ def serve(
     max_pixels: Annotated[int | None, _more("COTERIE_MAX_PIXELS", "Pixels of an image.")] = None,
     body_seconds: Annotated[int | None, _more("COTERIE_BODY_SECONDS", "For a request to arrive.")] = None,
     answer_seconds: Annotated[int | None, _more("COTERIE_ANSWER_SECONDS", "For its answer, from then on.")] = None,
+    index_milliseconds: Annotated[
+        int | None, _more("COTERIE_INDEX_MILLISECONDS", "For a search, before it becomes approximate.")
+    ] = None,
+    index_memory: Annotated[int | None, _more("COTERIE_INDEX_MEMORY", "Bytes of such an index.")] = None,
     request_log: Annotated[bool, typer.Option(envvar="COTERIE_REQUEST_LOG", help="A line for each request.")] = True,
     otel: Annotated[
         bool | None, typer.Option(envvar="COTERIE_OTEL", help="Trace requests.", show_default=False)
@@ -310,6 +314,8 @@ def serve(
         "COTERIE_MAX_PIXELS": max_pixels,
         "COTERIE_BODY_SECONDS": body_seconds,
         "COTERIE_ANSWER_SECONDS": answer_seconds,
+        "COTERIE_INDEX_MILLISECONDS": index_milliseconds,
+        "COTERIE_INDEX_MEMORY": index_memory,
         "COTERIE_REQUEST_LOG": int(request_log),
         "COTERIE_OTEL": None if otel is None else int(otel),
     }

@@ -99,6 +99,7 @@ class Batcher(Generic[Row, Context, Result]):
         spread: whether a batch takes time in proportion to its rows: then, where that is long, none takes more than its
             share of the rows under way, so that a runner which becomes free finds some waiting.
         patience: seconds; further rows are refused while those under way would take longer.
+        pace: rows a second that will be answered, about; it is measured anew.
         observer: is told how long rows waited for a runner.
 
     Attributes:
@@ -113,6 +114,7 @@ class Batcher(Generic[Row, Context, Result]):
         capacity: int,
         spread: bool = False,
         patience: float = math.inf,
+        pace: float = math.inf,
         runners: int = 1,
         observer: Observer = Observer(),
     ) -> None:
@@ -127,7 +129,7 @@ class Batcher(Generic[Row, Context, Result]):
         self._holding = self._soon = False
         self.under_way = 0
         # Rows a second that were answered lately, and the count that the next measurement comes from.
-        self._pace, self._answered, self._since = math.inf, 0, 0.0
+        self._pace, self._measured, self._answered, self._since = pace, False, 0, 0.0
         self._turn: float | None = None  # when the first of those arrived that the loop takes in at once
 
     def check_room(self, rows: int = 1) -> None:
@@ -209,7 +211,8 @@ class Batcher(Generic[Row, Context, Result]):
         if self._answered and now - self._since >= PACE_SECONDS:
             pace = self._answered / (now - self._since)
             # Large batches make single measurements jump.
-            self._pace = pace if self._pace == math.inf else 0.75 * self._pace + 0.25 * pace
+            self._pace = 0.75 * self._pace + 0.25 * pace if self._measured else pace
+            self._measured = True
             self._answered, self._since = 0, now
 
     def _dispatch_soon(self) -> None:

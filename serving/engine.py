@@ -22,6 +22,7 @@ from PIL import Image
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError
 from coterie.gallery import Gallery, Snapshot
+from coterie.index import IndexOptions
 from coterie.machine import processors
 from coterie.providers import CPU
 from coterie.store import StoreOptions
@@ -83,8 +84,10 @@ class Engine:
         bundle: what to serve.
         state: folder of the gallery's changes; None serves the bundle's own gallery.
         store: how changes are kept there.
+        index: what the gallery's index may cost.
         limits: what a request may cost.
-        capacity: images under way before further ones are refused.
+        capacity: images under way before further ones are refused; by default `CAPACITY`, or all that one request may
+            have.
         observer: is told how long each step takes.
 
     Raises:
@@ -97,22 +100,25 @@ class Engine:
         *,
         state: Path | None = None,
         store: StoreOptions = StoreOptions(),
+        index: IndexOptions = IndexOptions(),
         limits: RequestLimits = NORMAL,
-        capacity: int = CAPACITY,
+        capacity: int | None = None,
         observer: Observer = Observer(),
     ) -> None:
         self.bundle, self.limits, self._observer = bundle, limits, observer
         self.manifest = bundle.manifest
         self._encoder = bundle.encoder
-        self._gallery = bundle.gallery(state, options=store)
-        self._encoder.warm_up(MAX_BATCH)
+        self._gallery = bundle.gallery(state, options=store, index=index)
+        self._gallery.snapshot().index  # noqa: B018  of many rows it takes seconds, which no request shall wait for
+        pace = self._encoder.warm_up(MAX_BATCH)
         self._decoder = Decoder(
             self.manifest.encoder.preprocessing, limits.image, threads=processors(), observer=observer
         )
         self._batcher = Batcher[NDArray[np.uint8], _Asked, Any](
             self._run,
             max_batch=MAX_BATCH,
-            capacity=capacity,
+            capacity=max(CAPACITY, limits.max_images) if capacity is None else capacity,
+            pace=pace,
             spread=self._encoder.provider == CPU.provider,
             patience=limits.seconds / 3,  # measured, so wrong at times, and no answer may come too late
             runners=self._encoder.concurrency,

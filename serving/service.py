@@ -82,6 +82,7 @@ class Coterie(NativeMethods):
                 bundle,
                 state=settings.state,
                 store=settings.store,
+                index=settings.index,
                 limits=settings.limits,
                 observer=safety.measures,
             )

@@ -10,6 +10,7 @@ from platformdirs import user_state_dir
 
 from coterie.errors import CoterieError, DeviceError
 from coterie.images import Limits
+from coterie.index import IndexOptions
 from coterie.machine import processors
 from coterie.providers import check_device
 from coterie.store import CLASS_QUOTA, StoreOptions
@@ -36,6 +37,8 @@ class Settings:
         workers: COTERIE_WORKERS, how many processes serve; each loads the encoder and the gallery.
         store: COTERIE_ORIGINALS, whether enrolled images are kept (1, the default) or not (0), and COTERIE_CLASS_QUOTA,
             how many enrolled items a class may have.
+        index: COTERIE_INDEX_MILLISECONDS a search of the gallery may take before it becomes approximate, and
+            COTERIE_INDEX_MEMORY, bytes that the index may then take beside the embeddings.
         keys: COTERIE_KEYS, the file of the API keys, which must be there; without it keys.json in `state`, if it is.
         hosts: COTERIE_HOSTS, names beside the loopback interface's that a request without a key may come to.
         origins: COTERIE_CORS, origins of web pages that browsers let in.
@@ -52,6 +55,7 @@ class Settings:
     threads: int | None = None
     workers: int = 1
     store: StoreOptions = field(default_factory=StoreOptions)
+    index: IndexOptions = field(default_factory=IndexOptions)
     keys: Path | None = None
     hosts: frozenset[str] = frozenset()
     origins: tuple[str, ...] = ()
@@ -89,6 +93,12 @@ class Settings:
             store=StoreOptions(
                 originals=_flag(environment, "COTERIE_ORIGINALS", True),
                 class_quota=_count(environment, "COTERIE_CLASS_QUOTA", CLASS_QUOTA),
+            ),
+            index=IndexOptions(
+                latency_budget=_count(environment, "COTERIE_INDEX_MILLISECONDS", 10) / 1000,
+                memory_budget=_count(environment, memory, 1)
+                if environment.get(memory := "COTERIE_INDEX_MEMORY")
+                else None,
             ),
             keys=Path(keys).expanduser().absolute() if keys else None,
             hosts=frozenset(name.lower() for name in _list(environment, "COTERIE_HOSTS")),

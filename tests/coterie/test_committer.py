@@ -142,7 +142,7 @@ def test_what_was_erased_is_cut_off_the_log_before_the_caller_goes_on(harness: H
     harness.committer.run(insert("a"))
     log = harness.path.with_name("db.sqlite-wal")
     assert log.stat().st_size > 0
-    harness.committer.run(lambda db: db.execute("DELETE FROM t") and None, erases=True)
+    harness.committer.run(lambda db: db.execute("DELETE FROM t") and None, erases=lambda: True)
     assert log.stat().st_size == 0
 
 
@@ -152,7 +152,7 @@ def test_what_a_reader_still_needs_is_erased_when_it_is_done(harness: Harness, m
     reader = sqlite3.connect(harness.path, isolation_level=None)
     reader.execute("BEGIN")
     assert reader.execute("SELECT * FROM t").fetchall() == [("a",)]
-    harness.committer.run(lambda db: db.execute("DELETE FROM t") and None, erases=True)
+    harness.committer.run(lambda db: db.execute("DELETE FROM t") and None, erases=lambda: True)
     assert harness.rows() == []
     log = harness.path.with_name("db.sqlite-wal")
     assert log.stat().st_size > 0

@@ -17,6 +17,7 @@ from coterie import store as store_module
 from coterie.clusters import SMALLEST_GAP, ClassClusters
 from coterie.errors import BundleError, DataError
 from coterie.gallery import Gallery, GalleryItems, Snapshot, item_id
+from coterie.index import IndexOptions
 from coterie.live import LiveSnapshot
 from coterie.store import Store, StoredItem
 
@@ -271,6 +272,26 @@ def test_an_item_may_get_another_label_and_other_metadata(gallery: Gallery, base
         assert np.array_equal(after.items.embeddings[row], before.items.embeddings[before.rows[identifier]])
         np.testing.assert_array_equal(after.items.positions[row], before.items.positions[before.rows[identifier]])
     assert after.clusters.counts.tolist() == [21, 20, 20, 2]
+
+
+def test_an_edit_goes_by_one_snapshot(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another process's removal in between would give the item another one's label."""
+    now = [gallery.snapshot()]
+    identifier, label = now[0].items.ids[3], now[0].items.label(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "snapshot", now.pop)
+        gallery.edit(identifier, metadata={"new": True})
+    after = gallery.snapshot()
+    assert after.items.label(after.rows[identifier]) == label
+
+
+def test_the_index_keeps_its_options_through_changes(base: Snapshot, path: Path) -> None:
+    options = IndexOptions(latency_budget=0.002, memory_budget=10**6)
+    own = Snapshot(base.items, base.clusters, options=options)
+    with Gallery(own, Store(path, encoder="e")) as gallery:
+        gallery.remove([base.items.ids[0]])
+        assert gallery.snapshot().options == options
+        assert gallery.snapshot().settled()._foundation.options == options  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_edited_is_named(gallery: Gallery) -> None:

@@ -258,6 +258,13 @@ def test_metadata_that_was_replaced_is_gone_from_every_file(path: Path) -> None:
     assert b"MARKER" not in bytes_of(path.parent)
 
 
+def test_metadata_that_enrolling_anew_replaced_is_in_no_file(path: Path) -> None:
+    store = Store(path, encoder="e")
+    store.add([item("1", name="MARKER")])
+    store.add([item("2"), item("1", name="somebody")])
+    assert b"MARKER" not in bytes_of(path.parent)
+
+
 def test_what_a_killed_process_did_not_come_to_erase_is_erased_at_the_next_opening(path: Path) -> None:
     code = """
 import os, signal, sys

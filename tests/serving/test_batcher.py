@@ -270,6 +270,20 @@ def test_rows_are_refused_while_those_before_them_would_take_too_long(
     play(scene())
 
 
+def test_a_first_burst_is_measured_by_the_pace_that_was_expected(run: Doubler) -> None:
+    async def scene() -> None:
+        one = batcher(run, patience=2.0, pace=2.0)
+        run.gate.clear()
+        taken = asyncio.ensure_future(ask(one, 1, 2, 3, 4, 5))
+        await until(lambda: one.under_way == 5)
+        with pytest.raises(OverloadedError):
+            one.check_room()
+        run.gate.set()
+        assert await taken == [2, 4, 6, 8, 10]
+
+    play(scene())
+
+
 def test_a_turn_of_the_loop_takes_in_no_more_than_it_has_time_for(
     run: Doubler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

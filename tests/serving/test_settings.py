@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CoterieError, DeviceError
+from coterie.index import IndexOptions
 from coterie.store import StoreOptions
 from serving.limits import RequestLimits
 from serving.safety import check_safety
@@ -62,6 +63,12 @@ def test_threads() -> None:
     for threads in ("0", "-1", "many", "1.5", "²"):
         with pytest.raises(CoterieError, match=f"COTERIE_THREADS is '{threads}': use a number from 1 on"):
             Settings.from_environment({"COTERIE_THREADS": threads})
+
+
+def test_what_the_index_may_cost() -> None:
+    assert Settings.from_environment({}).index == IndexOptions()
+    changed = Settings.from_environment({"COTERIE_INDEX_MILLISECONDS": "3", "COTERIE_INDEX_MEMORY": "1000000"}).index
+    assert changed == IndexOptions(latency_budget=0.003, memory_budget=1_000_000)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "cuda:", "cpu:0"])
