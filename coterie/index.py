@@ -25,6 +25,7 @@ __all__ = [
     "check_unit_vectors",
     "elected",
     "id_recall",
+    "updated_index",
 ]
 
 Kind = Literal["exact", "ivf", "ivf-sq8"]
@@ -42,6 +43,8 @@ TEMPERATURE = 0.1
 # of them had better look at every row.
 RECALL_SHARE = 1 / 16
 USELESS_SHARE = 1 / 2
+# Lists divide space as the rows did that they were learned from; of fewer they say too little.
+LEARNED_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,18 @@ def build_index(
     reason = f"{reason}: {index.probes:,} of {index.lists:,} lists are searched"
     index.report = IndexReport(chosen, reason, len(index), index.report.bytes_per_vector, found, agreed)
     return index
+
+
+def updated_index(index: object, vectors: ArrayLike, kept: ArrayLike) -> Index | None:
+    """The index of other rows from one that took long to build, see `Index.updated`; None where one has to be built.
+
+    That is where more than a third of the rows are newer than the lists, and where the index is exact, because more
+    rows may need another.
+    """
+    if not isinstance(index, InvertedIndex):
+        return None
+    other = index.updated(vectors, kept)
+    return other if other.share_learned >= LEARNED_SHARE else None
 
 
 def _choice(exact: ExactIndex, latency_budget: float, memory_budget: float | None) -> tuple[Kind, str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
-from coterie.index import ExactIndex, IndexOptions
+from coterie.index import ExactIndex, IndexOptions, updated_index
 from coterie.items import Items
 from coterie.layers import Gaps, LayeredIndex
 from coterie.live_items import LayeredValues, LiveItems, Newer, Picture, RowsById, SettledRows
@@ -130,6 +130,11 @@ class LiveSnapshot(Snapshot):
         """The same rows, all of them foundation, with everything at hand that a search needs."""
         rows = SettledRows.after(self._foundation.rows, self._live, self._newer)
         foundation = _Foundation(self._live.whole(), self.names, self.sequence, self.classes, rows, self.options)
+        if "index" in self._foundation.__dict__:
+            left = self._live.left[: len(self._foundation.items)]
+            index = updated_index(self._foundation.index, foundation.items.embeddings, left)
+            if index is not None:
+                foundation.index = index
         foundation.index  # noqa: B018  a cached property
         newer, done = Newer.none(self.items.dim), "clusters" in self.__dict__
         placing = {} if done else _placings(self._base, foundation, newer, self._placing)

@@ -223,18 +223,20 @@ class InvertedIndex(Index):
         self._index = _trained(self.vectors, self.lists, quantized)
         self._index.add_with_ids(self.vectors, np.arange(len(self)))
         self._rows = np.append(np.arange(len(self)), -1)  # of each id; the last is for FAISS's id -1
+        self._learned = len(self)
         self.report = IndexReport("ivf-sq8" if quantized else "ivf", reason, len(self), self._bytes_per_vector())
 
     def updated(self, vectors: ArrayLike, kept: ArrayLike) -> "InvertedIndex":
         """The index of other rows in the same lists, for the time of a copy.
 
         The lists go on dividing space as the rows did from which they were learned, and the report tells what was
-        measured then: where a third of the rows are new, build a new index.
+        measured then: see `share_learned`.
         """
         checked, rows = _checked_update(self, vectors, kept)
         other = object.__new__(InvertedIndex)
         Index.__init__(other, checked)
         other.quantized, other.probes, other.lists = self.quantized, self.probes, self.lists
+        other._learned = self._learned
         ids, next_id = np.flatnonzero(self._rows >= 0), len(self._rows) - 1
         new = np.arange(next_id, next_id + len(other) - len(rows))
         other._index = faiss.clone_index(self._index)
@@ -244,6 +246,11 @@ class InvertedIndex(Index):
         other._rows[np.append(ids[rows], new)] = np.arange(len(other))
         other.report = replace(self.report, n=len(other), bytes_per_vector=other._bytes_per_vector())
         return other
+
+    @property
+    def share_learned(self) -> float:
+        """The share of the rows that the lists were learned from; the others came by `updated`."""
+        return np.count_nonzero(self._rows[: self._learned] >= 0) / max(1, len(self))
 
     def _nearest(self, queries: NDArray[np.float32], k: int) -> Found:
         # Eight bits blur the order: twice as many rows hold all but a thousandth of the nearest.

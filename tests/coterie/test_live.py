@@ -16,7 +16,7 @@ from coterie.changes import Changes, KeptItem
 from coterie.clusters import ClassClusters
 from coterie.errors import DataError
 from coterie.growing import GrowingColumn, GrowingKeys, GrowingRows
-from coterie.index import ExactIndex
+from coterie.index import ExactIndex, InvertedIndex
 from coterie.items import GalleryItems
 from coterie.layers import Gaps, LayeredIndex
 from coterie.live import LiveSnapshot
@@ -260,6 +260,30 @@ def test_two_layers_answer_as_one_index_to_the_last_bit(share: float | None) -> 
         found = layered.search(batch, 12, allowed=allowed)
         assert np.array_equal(found[1], rows[: len(batch)])
         assert np.array_equal(found[0], similarities[: len(batch)])
+
+
+def test_lists_are_kept_until_too_many_rows_are_newer_than_they() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(1000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = np.asarray(["a", "b"])[np.arange(400) % 2]
+    nothing = np.zeros((400, 2), dtype=np.float32)
+    items = GalleryItems(tuple(map(str, range(400))), labels, vectors[:400], nothing, (b"",) * 400, ({},) * 400)
+    base = Snapshot(items, ClassClusters.fit(vectors[:400], labels))
+    base.index = InvertedIndex(vectors[:400], probes=400)
+
+    def added(start: int, end: int, removed: frozenset[str] = frozenset()) -> Changes:
+        return Changes(
+            end, False, tuple(KeptItem(str(row), "a", {}, vectors[row]) for row in range(start, end)), removed
+        )
+
+    one = LiveSnapshot.of(base, lambda _: b"").changed(added(400, 500, frozenset(["3", "8"]))).settled()
+    index = one._foundation.index
+    assert isinstance(index, InvertedIndex) and index.share_learned == 398 / 498
+    left = np.delete(vectors[:500], [3, 8], axis=0)
+    assert np.array_equal(one.index.search(vectors[::50], 5)[1], ExactIndex(left).search(vectors[::50], 5)[1])
+    two = one.changed(added(500, 1000)).settled()
+    assert isinstance(two._foundation.index, ExactIndex) and len(two.index) == 998
 
 
 def test_rows_that_grow_leave_those_who_hold_some_alone() -> None:
