@@ -158,7 +158,7 @@ vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 for kind in ("ivf", "ivf-sq8"):
     index = build_index(vectors, np.arange(5000) % 300, kind=kind)
     similarities, rows = index.search(vectors[:500], 20)
-    print(index.report, hashlib.sha256(similarities.tobytes() + rows.tobytes()).hexdigest())
+    print(repr(index.report), hashlib.sha256(similarities.tobytes() + rows.tobytes()).hexdigest())
 """
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout
