@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.index import ExactIndex
 from coterie.ranking import Found, merged
 from coterie.snapshot import Index
 
@@ -16,6 +17,8 @@ __all__ = ["Gaps", "LayeredIndex"]
 
 # Fetched from the lower layer beyond k, in case that some are removed; if too few are left, four times as many.
 SPARE = 16
+# More than a product in single precision errs.
+CLOSE = 1e-5
 
 
 class Gaps:
@@ -60,7 +63,7 @@ class LayeredIndex:
         gaps: places of removed rows in either.
     """
 
-    def __init__(self, lower: Index, upper: Index, gaps: Gaps) -> None:
+    def __init__(self, lower: Index, upper: ExactIndex, gaps: Gaps) -> None:
         self._lower, self._upper, self._gaps = lower, upper, gaps
         self._below = int(np.searchsorted(gaps.dead, len(lower)))
 
@@ -72,7 +75,10 @@ class LayeredIndex:
         first = len(self._lower)
         if allowed is None:
             lower = self._search_lower(queries, k)
-            upper = self._upper.search(queries, k, allowed=self._left_above)
+            near = self._near(queries, lower[0][:, -1]) if lower[0].shape[1] == k else self._left_above
+            if not len(near):
+                return lower[0], self._gaps.rows(lower[1])
+            upper = self._upper.search(queries, k, allowed=near)
         else:
             places = self._gaps.places(allowed)
             below = int(np.searchsorted(places, first))
@@ -101,8 +107,14 @@ class LayeredIndex:
         left[self._gaps.dead[: self._below]] = False
         return left
 
+    def _near(self, queries: NDArray[np.float32], least: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The rows of the upper layer that may be as similar to a query as `least` (m,): few, and often none."""
+        above = np.asarray(queries, dtype=np.float32) @ self._upper.vectors.T
+        near = np.any(above >= (least - CLOSE)[:, None], axis=0)
+        near[self._gaps.dead[self._below :] - len(self._lower)] = False
+        return np.flatnonzero(near)
+
     @cached_property
-    def _left_above(self) -> NDArray[np.int64] | None:
-        """The rows of the upper layer that are left; None for all."""
-        dead = self._gaps.dead[self._below :] - len(self._lower)
-        return np.delete(np.arange(len(self._upper)), dead) if len(dead) else None
+    def _left_above(self) -> NDArray[np.int64]:
+        """The rows of the upper layer that are left."""
+        return np.delete(np.arange(len(self._upper)), self._gaps.dead[self._below :] - len(self._lower))
