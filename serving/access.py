@@ -3,10 +3,10 @@
 Pure ASGI middleware around everything, BentoML's own methods too; nothing of a refused request is read but its head.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -23,11 +23,13 @@ from serving.errors import (
     UnsupportedBodyError,
 )
 from serving.keys import Keyring
-from serving.limits import RequestLimits
+from serving.limits import RequestLimits, within
 from serving.listening import listens_on_loopback
 from serving.presenting import is_open
 
 __all__ = ["Access", "Policy"]
+
+logger = logging.getLogger("coterie.serving")
 
 # Whether a service lives is no secret, and who asks that has no key.
 PROBES = frozenset({"/healthz", "/livez", "/readyz"})
@@ -115,7 +117,7 @@ class Policy:
             raise UnsupportedBodyError(
                 "images come as application/json here, and as forms under /v1", param="content-type"
             )
-        if not length.isdecimal() or int(length) > self.max_body:
+        if not within(length, self.max_body):
             raise TooLargeError(
                 f"the body is over the limit of {self.max_body:,} bytes, or does not say its length",
                 headers={"Connection": "close"},
@@ -123,7 +125,8 @@ class Policy:
 
     def _check_origin(self, origin: str, host: str) -> None:
         # Browsers say where a request comes from, and a page of another site may send one without seeing the answer.
-        if urlsplit(origin).netloc.lower() != host.lower() and origin not in self.origins:
+        own = (f"http://{host}".lower(), f"https://{host}".lower())
+        if origin.lower() not in own and origin not in self.origins:
             raise ForbiddenError("changes are not taken from pages of other origins", param="origin")
 
 
@@ -157,17 +160,28 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
-        else:
-            await self._allowed(scope, receive, send)
+            return
+        try:
+            allowed = self._allowed
+        except Exception as error:
+            await _refuse(error, scope, receive, send)
+            return
+        await allowed(scope, receive, send)
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._policy.check(scope)
-        except RequestError as error:
-            response = await on_error(Request(scope), error)
-            await response(scope, receive, send)
+        except Exception as error:
+            await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    if not isinstance(error, RequestError):
+        logger.error("who asks for %s could not be checked", scope["path"], exc_info=error)
+    response = await on_error(Request(scope), error)
+    await response(scope, receive, send)
 
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -9,10 +9,12 @@ from coterie.images import Limits
 from serving.errors import SlowBodyError, TooLargeError
 from serving.fetch import Fetcher
 
-__all__ = ["LARGE_BODY", "RequestLimits", "check_count", "read_body"]
+__all__ = ["LARGE_BODY", "RequestLimits", "check_count", "read_body", "within"]
 
 # Copying or parsing less than this on the event loop takes under a millisecond, and a thread's hop a tenth of one.
 LARGE_BODY = 2**20
+# Of a Content-Length; servers take leading zeros, and int() no thousands of digits.
+MAX_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
         TooLargeError: it says, or turns out, to be larger; the rest is left unread.
         SlowBodyError: it takes too long to arrive.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limits.max_body:
+    declared = request.headers.get("content-length")
+    if declared is not None and not within(declared, limits.max_body):
         raise _too_large(limits)
     chunks, size = [], 0
     try:
@@ -59,6 +61,11 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
             f"the body did not arrive within {limits.body_seconds:g} seconds", headers={"Connection": "close"}
         ) from None
     return b"".join(chunks) if size < LARGE_BODY else await asyncio.to_thread(b"".join, chunks)
+
+
+def within(length: str, most: int) -> bool:
+    """Whether a Content-Length is a number up to `most`."""
+    return length.isdecimal() and len(length) <= MAX_DIGITS and int(length) <= most
 
 
 def check_count(count: int, limits: RequestLimits) -> None:

@@ -130,7 +130,9 @@ def test_names_of_this_machine_and_those_listed_are_ours(make: Make, host: str) 
     assert client.delete("/v1/classes/3", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:4000", "https://localhost.evil"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:4000", "https://localhost.evil", "http://[x", "", "//"]
+)
 def test_changes_are_not_taken_from_pages_of_other_origins(make: Make, keys: Path, origin: str, error_of) -> None:
     assert error_of(make().delete("/v1/classes/3", headers={"Origin": origin}), 403)["param"] == "origin"
     token = create_key(keys, "change")[1]
@@ -141,6 +143,18 @@ def test_changes_are_taken_from_our_own_pages_and_those_listed(make: Make) -> No
     assert make().delete("/v1/classes/3", headers={"Origin": "http://localhost:3000"}).status_code == 200
     client = make(origins=("https://app.example",))
     assert client.delete("/v1/classes/4", headers={"Origin": "https://app.example"}).status_code == 200
+
+
+def test_a_check_that_fails_itself_is_our_error(make: Make, monkeypatch: pytest.MonkeyPatch, error_of) -> None:
+    def broken() -> Any:
+        raise OSError("/proc cannot be read")
+
+    monkeypatch.setattr(Policy, "check", lambda *_: broken())
+    checked = make()
+    without_policy = TestClient(Access(checked.app, broken), raise_server_exceptions=False)
+    for client in (checked, without_policy):
+        error = error_of(client.delete("/v1/classes/3"), 500)
+        assert error["code"] == "internal_error" and "/proc" not in error["message"]
 
 
 def test_browsers_let_in_listed_origins_and_no_others(make: Make, keys: Path) -> None:

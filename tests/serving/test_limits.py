@@ -100,6 +100,12 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for(say: Say) -> None:
     assert (status, error["code"], closed) == (413, "too_large", True)
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/bundle", "/embed"])
+def test_a_length_of_thousands_of_digits_is_too_large_however_small_it_is(say: Say, path: str) -> None:
+    status, error, closed = say(head(path, content_length="0" * 5000 + "2", content_type="application/json") + b"{}")
+    assert (status, error["code"], closed) == (413, "too_large", True)
+
+
 def test_a_body_that_turns_out_too_large_is_cut_off(say: Say) -> None:
     chunk = b"%x\r\n%s\r\n" % (50_000, b"x" * 50_000)
     status, error, closed = say(head(transfer_encoding="chunked"), chunk, chunk, b"1\r\nx\r\n")
