@@ -9,16 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from hypothesis import assume, given
+from hypothesis.strategies import binary, lists, sampled_from
 
 from coterie.bundle import Bundle
 from coterie.images import Limits
 from serving.access import Access, Policy
 from serving.engine import Engine
+from serving.errors import RequestError
+from serving.inputs import _from_form
 from serving.keys import Keyring
-from serving.limits import RequestLimits
+from serving.limits import LARGE_BODY, RequestLimits
 from serving.routes import build_app
 from serving.served import Served
 
@@ -133,6 +139,77 @@ def test_parts_without_a_file_or_with_headers_beyond_reason_are_refused(say: Say
         assert (status, error["code"]) == (400, "bad_request")
     body = io.BytesIO(b"--x\r\n" * 15_000).getvalue()
     assert say(posted(body, "multipart/form-data; boundary=x"))[0] == 400
+
+
+class Searched(bytes):
+    """Counts how often it is searched, which is what a form's parsing costs."""
+
+    searches = 0
+
+    def find(self, *arguments: Any) -> int:
+        self.searches += 1
+        return super().find(*arguments)
+
+
+HEADERS = b'Content-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"--x\r\n" + HEADERS + b"\r\n--xQ" * 100_000 + b"\r\n--x--\r\n",
+        b"--x" + b" " * 500_000 + b"\r\n" + HEADERS + b"\r\n--x--\r\n",
+        b"\r\n--x" * 100_000,
+        b"--x\r\n" + b"\r\n" * 100_000,
+        (b"--x\r\n" + HEADERS + b"\r\n") * 10_000,
+    ],
+)
+def test_what_only_looks_like_a_form_costs_few_searches(body: bytes) -> None:
+    searched = Searched(body)
+    with pytest.raises(RequestError):
+        _from_form(searched, "multipart/form-data; boundary=x", LIMITS)
+    assert searched.searches <= 10 * (LIMITS.max_images + 1)
+
+
+@given(
+    files=lists(
+        binary(max_size=60) | sampled_from([b"\r\n", b"\r\n--", b"--x", b"\r\n-\r\n\r\n--\r\n", b"\n--x--\r\n"])
+    ),
+    boundary=sampled_from([b"x", b"--", b"-----WebKitFormBoundary7MA4YWxk", b"q" * 70]),
+    blank=sampled_from([b"", b" ", b"\t "]),
+    around=sampled_from([(b"", b""), (b"\r\n", b"\r\n"), (b"\r\n", b"epilogue")]),
+)
+def test_files_of_a_form_come_out_as_they_went_in(
+    files: list[bytes], boundary: bytes, blank: bytes, around: tuple[bytes, bytes]
+) -> None:
+    assume(files and not any(b"\r\n--" + boundary in file + b"\r\n--" for file in files))
+    parts = b"".join(b"--" + boundary + blank + b"\r\nX-Y: z\r\n" + HEADERS + file + b"\r\n" for file in files)
+    body = around[0] + parts + b"--" + boundary + b"--" + around[1]
+    content_type = f'multipart/form-data; boundary="{boundary.decode()}"'
+    assert _from_form(body, content_type, RequestLimits()) == files
+
+
+@pytest.mark.parametrize("end", [0, 1, 3, 10, 60, 70, -1, -2, -5])
+def test_a_form_that_is_cut_short_is_refused(say: Say, end: int) -> None:
+    body = b"--x\r\n" + HEADERS + b"image\r\n--x--"
+    status, error, _ = say(posted(body[:end], "multipart/form-data; boundary=x"))
+    assert (status, error["code"]) == (400, "bad_request")
+
+
+def test_a_large_body_that_takes_too_long_to_parse_is_given_up(
+    tiny_bundle: Bundle, service_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error_of
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("serving.inputs._from_json", lambda *_: over.wait(30))
+    url = service_of(tiny_bundle, limits=RequestLimits(seconds=0.05))
+    try:
+        answer = httpx.post(
+            f"{url}/v1/classify", content=b" " * LARGE_BODY, headers={"content-type": "application/json"}
+        )
+        assert error_of(answer, 504)["code"] == "timed_out"
+        assert not over.is_set()
+    finally:
+        over.set()
 
 
 @pytest.mark.parametrize(
