@@ -244,6 +244,35 @@ def test_a_client_that_leaves_in_the_middle_of_a_body_leaves_nothing_behind(
     assert status == 200 and engine.under_way == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/classes/8/examples", "/v1/bundle"])
+def test_bodies_that_are_too_much_together_are_refused_and_leave_room_behind(
+    say: Say, engine: Engine, path: str, digit_images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies, other = engine.limits.bodies, dict[str, Any]()
+    monkeypatch.setattr(bodies, "most", LIMITS.max_body)
+    bodies.take(other, 80_000)
+    status, error, closed = say(head(path, content_length="90000") + b"x" * 30_000)
+    assert (status, error["code"], closed) == (429, "overloaded", True)
+    bodies.let_go(other)
+    for _ in range(3):
+        assert say(posted(b"x" * 90_000, "image/png"))[0] == 422
+        assert say(posted(digit_images.images[0], "image/png"))[0] == 200
+        assert say(head(content_length="90000") + b"x" * 80_000)[0] == 408
+    assert bodies.held == 0
+
+
+@pytest.mark.parametrize("last", ["http.request", "http.disconnect"])
+def test_a_body_counts_from_its_first_byte_to_the_answer(engine: Engine, call, last: str) -> None:
+    held = []
+
+    async def receive() -> dict[str, Any]:
+        held.append(engine.limits.bodies.held)
+        return {"type": last if held[1:] else "http.request", "body": b"x" * 1000, "more_body": not held[1:]}
+
+    asyncio.run(call(engine, "/v1/classify", receive))
+    assert held == [0, 1000] and engine.limits.bodies.held == 0
+
+
 def test_a_refused_request_does_not_lend_its_body_to_the_next(port: int) -> None:
     inner = head("/v1/classes/3", "DELETE")
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
