@@ -17,13 +17,10 @@ from serving.errors import (
     ForbiddenError,
     HeadersTooLargeError,
     RequestError,
-    TooLargeError,
     TooLongError,
     UnauthorizedError,
-    UnsupportedBodyError,
 )
 from serving.keys import Keyring
-from serving.limits import RequestLimits, within
 from serving.listening import listens_on_loopback
 from serving.presenting import is_open
 
@@ -35,9 +32,7 @@ logger = logging.getLogger("coterie.serving")
 PROBES = frozenset({"/healthz", "/livez", "/readyz"})
 # What is not one of these, and no plain reading, counts as a change: a route that is forgotten here is closed.
 ASKING = frozenset({"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/embed", "/classify"})
-# BentoML's own, which reads a body of any size into memory before our code sees it.
-NATIVE = frozenset({"/embed", "/classify"})
-NOTED = frozenset({b"authorization", b"host", b"origin", b"content-length", b"content-type"})
+NOTED = frozenset({b"authorization", b"host", b"origin"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a proxy adds to requests of others that it hands over from this machine.
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
@@ -54,14 +49,12 @@ class Policy:
         keyring: the keys; where it demands none, only this machine may change anything.
         hosts: names beside those of the loopback interface that a request without a key may come to.
         origins: of the web pages that browsers may let in.
-        max_body: bytes that BentoML's own methods may be sent; the routes count for themselves.
         on_loopback: tells whether the service can be reached from this machine alone; asked once.
     """
 
     keyring: Keyring
     hosts: frozenset[str] = frozenset()
     origins: tuple[str, ...] = ()
-    max_body: int = RequestLimits.max_body
     on_loopback: Callable[[], bool] = listens_on_loopback
 
     @cached_property
@@ -74,7 +67,6 @@ class Policy:
         Raises:
             TooLongError, HeadersTooLargeError: its head is beyond reason.
             UnauthorizedError: it needs a key.
-            TooLargeError, UnsupportedBodyError: it brings more, or a form, to BentoML's own methods.
             ForbiddenError: its key is not enough, or it comes from a web page or to a name that is not ours.
         """
         if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
@@ -97,8 +89,6 @@ class Policy:
             raise ForbiddenError(
                 "the Host is not this machine: COTERIE_HOSTS lists further names, or send a key", param="host"
             )
-        if scope["path"] in NATIVE and scope["method"] == "POST":
-            self._check_body(found.get(b"content-length", ""), found.get(b"content-type", ""))
         if changes and b"origin" in found:
             self._check_origin(found[b"origin"], found.get(b"host", ""))
 
@@ -110,18 +100,6 @@ class Policy:
         scope.setdefault("state", {})["key"] = key.id
         if changes and key.scope != "change":
             raise ForbiddenError(f"the key {key.id} may ask, not change", param="authorization")
-
-    def _check_body(self, length: str, content_type: str) -> None:
-        # Which BentoML answers with 500 where they are malformed.
-        if content_type.lstrip().lower().startswith("multipart/"):
-            raise UnsupportedBodyError(
-                "images come as application/json here, and as forms under /v1", param="content-type"
-            )
-        if not within(length, self.max_body):
-            raise TooLargeError(
-                f"the body is over the limit of {self.max_body:,} bytes, or does not say its length",
-                headers={"Connection": "close"},
-            )
 
     def _check_origin(self, origin: str, host: str) -> None:
         # Browsers say where a request comes from, and a page of another site may send one without seeing the answer.

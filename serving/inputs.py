@@ -22,12 +22,12 @@ from serving.errors import BadRequestError, RejectedImageError, UnsupportedBodyE
 from serving.fetch import FetchError
 from serving.limits import LARGE_BODY, RequestLimits, check_count, read_body
 from serving.requests import in_time
-from serving.schemas import ImagesBody, first_complaint
+from serving.schemas import ImagesBody, StringsBody, first_complaint
 from serving.tensors import NPY, read_pixels
 
-__all__ = ["Sent", "from_strings", "read_images", "read_sent"]
+__all__ = ["Sent", "read_images", "read_sent", "read_strings"]
 
-Body = TypeVar("Body", bound=ImagesBody)
+Body = TypeVar("Body", bound=ImagesBody | StringsBody)
 Result = TypeVar("Result")
 
 # The images of a request as they were sent; an error stands for one that is refused already.
@@ -87,12 +87,10 @@ async def read_sent(
             f"not {media_type[:100]}",
             param="content-type",
         )
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
-    body = await read_body(request, limits)
+    _check_encoding(request)
     if media_type == "application/json":
-        images, parsed = await _off_loop(request, body, lambda: _from_json(body, schema, limits))
-        return await _fetched(images, limits), parsed
+        return await _read_json(request, limits, schema)
+    body = await read_body(request, limits)
     if media_type == "multipart/form-data":
         return await _off_loop(request, body, lambda: list(_from_form(body, content_type, limits))), None
     if not body:
@@ -102,14 +100,29 @@ async def read_sent(
     return [body], None
 
 
+async def read_strings(request: Request, limits: RequestLimits, schema: type[Body]) -> tuple[Sent, Body]:
+    """As `read_sent`, from a body of JSON alone."""
+    if request.headers.get("content-type", "application/json").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedBodyError(
+            "images come as application/json here, and as files and forms under /v1", param="content-type"
+        )
+    _check_encoding(request)
+    return await _read_json(request, limits, schema)
+
+
+def _check_encoding(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
+
+
+async def _read_json(request: Request, limits: RequestLimits, schema: type[Body]) -> tuple[Sent, Body]:
+    body = await read_body(request, limits)
+    images, parsed = await _off_loop(request, body, lambda: _from_json(body, schema, limits))
+    return await _fetched(images, limits), parsed
+
+
 async def _off_loop(request: Request, body: bytes, parse: Callable[[], Result]) -> Result:
     return parse() if len(body) < LARGE_BODY else await in_time(request, asyncio.to_thread(parse))
-
-
-async def from_strings(strings: Sequence[str], limits: RequestLimits) -> list[bytes | RejectedImageError]:
-    """The encoded images in data URIs, base64 strings or URLs, with an error in the place of each that is none."""
-    large = sum(map(len, strings)) >= LARGE_BODY
-    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings), limits)
 
 
 async def _fetched(
@@ -144,7 +157,7 @@ def _from_json(
         raise BadRequestError(f"{param or 'the body'}: {message}", param=param) from error
     strings = parsed.images()
     if not strings:
-        raise BadRequestError("input is empty: send at least one image", param="input")
+        raise BadRequestError("there are no images: send at least one", param="input")
     check_count(len(strings), limits)
     return _decoded(strings), parsed
 

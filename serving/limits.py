@@ -10,7 +10,7 @@ from coterie.images import Limits
 from serving.errors import OverloadedError, SlowBodyError, TooLargeError
 from serving.fetch import Fetcher
 
-__all__ = ["LARGE_BODY", "Bodies", "RequestLimits", "check_count", "read_body", "within"]
+__all__ = ["LARGE_BODY", "Bodies", "RequestLimits", "check_count", "read_body"]
 
 # Copying or parsing less than this on the event loop takes under a millisecond, and a thread's hop a tenth of one.
 LARGE_BODY = 2**20
@@ -80,7 +80,7 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
         SlowBodyError: it takes too long to arrive.
     """
     declared = request.headers.get("content-length")
-    if declared is not None and not within(declared, limits.max_body):
+    if declared is not None and not _within(declared, limits.max_body):
         raise _too_large(limits)
     chunks, size = [], 0
     try:
@@ -98,11 +98,6 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     return b"".join(chunks) if size < LARGE_BODY else await asyncio.to_thread(b"".join, chunks)
 
 
-def within(length: str, most: int) -> bool:
-    """Whether a Content-Length is a number up to `most`."""
-    return length.isdecimal() and len(length) <= MAX_DIGITS and int(length) <= most
-
-
 def check_count(count: int, limits: RequestLimits) -> None:
     """Hold the number of images in a request to its limit.
 
@@ -111,6 +106,11 @@ def check_count(count: int, limits: RequestLimits) -> None:
     """
     if count > limits.max_images:
         raise TooLargeError(f"more than {limits.max_images} images in one request: send them in several", param="input")
+
+
+def _within(length: str, most: int) -> bool:
+    """Whether a Content-Length is a number up to `most`."""
+    return length.isdecimal() and len(length) <= MAX_DIGITS and int(length) <= most
 
 
 def _too_large(limits: RequestLimits) -> TooLargeError:

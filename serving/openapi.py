@@ -31,7 +31,7 @@ TAGS = {
     "Bundle": "What is served.",
     "Service": "The service itself.",
     "Probes": "For whoever watches the service; never asked for a key.",
-    "BentoML's clients": "The methods behind `bentoml.SyncHTTPClient`. Errors are BentoML's.",
+    "BentoML's clients": "The methods behind `bentoml.SyncHTTPClient`.",
 }
 HEADERS = {
     "X-Bundle-Id": "Id of the bundle that answered.",

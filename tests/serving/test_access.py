@@ -175,18 +175,6 @@ def test_heads_beyond_reason_are_refused(make: Make, error_of) -> None:
     assert make().get("/nope", headers={"x": "a" * 60_000}).status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/embed", "/classify"])
-def test_bentomls_own_methods_are_sent_bodies_of_a_known_and_bounded_length_alone(
-    make: Make, path: str, error_of
-) -> None:
-    client = make(max_body=1000)
-    assert client.post(path, content=b"x" * 1000).status_code == 404  # which BentoML answers
-    for content in (b"x" * 1001, iter([b"x"])):
-        assert error_of(client.post(path, content=content), 413)["code"] == "too_large"
-    form = client.post(path, content=b"no form", headers={"content-type": "multipart/form-data; boundary=x"})
-    assert error_of(form, 415)["code"] == "unsupported_body"
-
-
 @pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
 def test_where_a_process_listens_is_read_from_its_sockets(address: str, local: bool) -> None:
     assert not listens_on_loopback()  # nowhere, which could be anywhere

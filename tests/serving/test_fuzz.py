@@ -35,7 +35,6 @@ REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "10000"))
 WARM_UP, SETTLED_SECONDS, GROWTH = 2000, 5.0, 1.1
 # Statuses of ours that say whose fault it is.
 SERVER_ERRORS = {503: {"encoder_failed", "gallery_busy", "gallery_unavailable"}, 504: {"timed_out"}}
-# BentoML's own routes have errors of their own form.
 NATIVE = ("/embed", "/classify")
 NO_HTTP = b"Invalid HTTP request received."
 NUMBERS = ("0", "-1", "1", "1e400", "NaN", "99999999999999999999", "0.05", "true", "null", "", "\u0663", "1" * 5000)
@@ -193,9 +192,8 @@ def complaint(asked: Asked, status: int, kind: str, content: bytes) -> str | Non
     code = ""
     try:
         found = json.loads(content)
-        if asked.path not in NATIVE:
-            code = found["error"]["code"]
-            assert found["error"].keys() == {"message", "type", "param", "code"} and kind == "application/json"
+        code = found["error"]["code"]
+        assert found["error"].keys() == {"message", "type", "param", "code"} and kind == "application/json"
     except (ValueError, LookupError, TypeError, AssertionError):
         return "no error as they are documented"
     if status >= 500 and code not in SERVER_ERRORS.get(status, ()):
@@ -237,11 +235,9 @@ def test_whatever_is_asked_is_answered_as_documented(
         return Access(app, lambda: Policy(Keyring(tmp_path / "keys.json"), on_loopback=lambda: True))
 
     port = urlsplit(service_of(tiny_bundle, wrap=guarded)).port
-    # Neither BentoML's methods nor a swapper are there.
+    # There is no swapper.
     requests = [
-        one
-        for one in sensible(pictures(digit_images.images), 16)
-        if one.path not in NATIVE and (one.method, one.path) != ("POST", "/v1/bundle")
+        one for one in sensible(pictures(digit_images.images), 16) if (one.method, one.path) != ("POST", "/v1/bundle")
     ]
     assert port is not None
     statuses, wrong = fuzz(port, requests, range(400))
