@@ -5,9 +5,12 @@ import io
 import json
 import select
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +190,45 @@ def test_files_of_a_form_come_out_as_they_went_in(
     body = around[0] + parts + b"--" + boundary + b"--" + around[1]
     content_type = f'multipart/form-data; boundary="{boundary.decode()}"'
     assert _from_form(body, content_type, RequestLimits()) == files
+
+
+def test_one_bad_image_harms_none_of_the_requests_beside_it(
+    tiny_bundle: Bundle, service_of: Callable[..., str], digit_images
+) -> None:
+    url, together = f"{service_of(tiny_bundle)}/v1/classify", threading.Barrier(8)
+    bad = digit_images.images[3][:-40]
+
+    def ask(image: bytes) -> tuple[int, Any]:
+        with httpx.Client() as client:
+            client.get(url)  # connected
+            together.wait(20)
+            answer = client.post(url, content=image)
+        return answer.status_code, answer.json()
+
+    images = [*digit_images.images[:3], bad, *digit_images.images[4:8]]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, images))
+    assert [status for status, _ in answers] == [200] * 3 + [422] + [200] * 4
+    for row, expected in enumerate(tiny_bundle.classify(digit_images.images[:8])):
+        if row != 3:
+            assert answers[row][1]["data"][0]["label"] == expected.label
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_an_image_of_few_bytes_and_many_pixels_is_refused(
+    tiny_bundle: Bundle, service_of: Callable[..., str], error_of
+) -> None:
+    side = 12_000
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)  # one bit a pixel
+    rows = zlib.compress(bytes(side * (1 + side // 8)), 9)
+    image = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert len(image) < 20_000
+    error = error_of(httpx.post(f"{service_of(tiny_bundle)}/v1/classify", content=image), 422)
+    assert error["code"] == "invalid_image" and "pixels" in error["message"]
 
 
 @pytest.mark.parametrize("end", [0, 1, 3, 10, 60, 70, -1, -2, -5])
