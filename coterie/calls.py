@@ -148,7 +148,7 @@ class Job(Generic[Entry, Result]):
 
 
 def embed(images: Images, batch: int) -> Job[NDArray[np.float32], NDArray[np.float32]]:
-    def read(response: "httpx.Response") -> NDArray[np.float32]:
+    def read(response: "httpx.Response", start: int) -> NDArray[np.float32]:
         return np.asarray(np.load(io.BytesIO(response.content), allow_pickle=False), dtype=np.float32)
 
     def join(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -158,35 +158,36 @@ def embed(images: Images, batch: int) -> Job[NDArray[np.float32], NDArray[np.flo
 
 
 def classify(
-    images: Images, batch: int, *, false_reject: float, top: int, neighbors: int
-) -> Job[list["Classification"], list["Classification"]]:
+    images: Images, batch: int, *, false_reject: float, top: int, neighbors: int, k: int | None, partial: bool
+) -> Job[list["Classification | Any"], list["Classification | Any"]]:
     params = [("false_reject", f"{false_reject:g}"), ("top", str(top)), ("neighbors", str(neighbors))]
-    return Job(list(_asking("/v1/classify", images, batch, params, _classifications)), _chained)
+    params += [("k", str(k))] if k is not None else []
+    return _listing("/v1/classify", images, batch, params, _classification, partial)
 
 
 def search(
-    images: Images, batch: int, *, k: int, labels: Sequence[str], metadata: Mapping[str, Any]
-) -> Job[list[list["Neighbor"]], list[list["Neighbor"]]]:
+    images: Images, batch: int, *, k: int, labels: Sequence[str], metadata: Mapping[str, Any], partial: bool
+) -> Job[list["list[Neighbor] | Any"], list["list[Neighbor] | Any"]]:
     params = [("k", str(k)), *(("label", label) for label in labels)]
     params += [(f"metadata.{key}", json.dumps(value)) for key, value in metadata.items()]
 
-    def read(response: "httpx.Response") -> list[list["Neighbor"]]:
-        return [[_neighbor(near) for near in entry["neighbors"]] for entry in response.json()["data"]]
+    def read(entry: dict[str, Any]) -> list["Neighbor"]:
+        return [_neighbor(near) for near in entry["neighbors"]]
 
-    return Job(list(_asking("/v1/search", images, batch, params, read)), _chained)
+    return _listing("/v1/search", images, batch, params, read, partial)
 
 
 def verify(
-    images: Images, batch: int, *, label: str, false_reject: float
-) -> Job[list["Verification"], list["Verification"]]:
-    def read(response: "httpx.Response") -> list["Verification"]:
+    images: Images, batch: int, *, label: str, false_reject: float, partial: bool
+) -> Job[list["Verification | Any"], list["Verification | Any"]]:
+    def read(entry: dict[str, Any]) -> "Verification":
         from coterie.classifier import Verification
 
         names = ("label", "match", "similarity", "threshold", "calibration", "snapshot")
-        return [Verification(**{name: entry[name] for name in names}) for entry in response.json()["data"]]
+        return Verification(**{name: entry[name] for name in names})
 
     params = [("label", label), ("false_reject", f"{false_reject:g}")]
-    return Job(list(_asking("/v1/verify", images, batch, params, read)), _chained)
+    return _listing("/v1/verify", images, batch, params, read, partial)
 
 
 def enroll(
@@ -214,11 +215,7 @@ def enroll(
             rows = response.json()["data"]
             return Enrolment(
                 tuple(EnrolledItem(start + r["index"], r["id"], r["label"]) for r in rows if r["object"] != "error"),
-                tuple(
-                    RefusedImage(start + r["index"], r["error"]["message"], r["error"]["code"])
-                    for r in rows
-                    if r["object"] == "error"
-                ),
+                tuple(_refused(r, start) for r in rows if r["object"] == "error"),
             )
 
         headers = {"idempotency-key": f"{key}-{number}"}
@@ -278,12 +275,25 @@ def swap(named: str) -> Call[Swapped]:
     return Call("POST", "/v1/bundle", read, body=lambda: {"json": {"bundle": named}}, seconds=SWAP_SECONDS)
 
 
+def _listing(
+    path: str, images: Images, batch: int, params: Params, read: Callable[[dict[str, Any]], Entry], partial: bool
+) -> Job[list[Entry | Any], list[Entry | Any]]:
+    """One entry for each image; with `partial` a `RefusedImage` for one that could not be used."""
+
+    def read_all(response: "httpx.Response", start: int) -> list[Entry | Any]:
+        entries = response.json()["data"]
+        return [_refused(entry, start) if entry.get("object") == "error" else read(entry) for entry in entries]
+
+    params = [*params, ("on_error", "partial")] if partial else params
+    return Job(list(_asking(path, images, batch, params, read_all)), _chained)
+
+
 def _asking(
     path: str,
     images: Images,
     batch: int,
     params: Params,
-    read: Callable[["httpx.Response"], Result],
+    read: Callable[["httpx.Response", int], Result],
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[Call[Result]]:
     if isinstance(images, (str, bytes, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim != 4):
@@ -299,8 +309,18 @@ def _asking(
                 return {"content": buffer.getvalue()}
             return {"files": [("image", (str(row), _encoded(image))) for row, image in enumerate(part)]}
 
+        def read_part(response: "httpx.Response", start: int = start) -> Result:
+            return read(response, start)
+
         kind = {"content-type": NPY} if array else {}
-        yield Call("POST", path, read, params, {**(headers or {}), **kind}, body, start=start)
+        yield Call("POST", path, read_part, params, {**(headers or {}), **kind}, body, start=start)
+
+
+def _refused(entry: dict[str, Any], start: int) -> RefusedImage:
+    # The service counts within one request.
+    index, error = entry["index"], entry["error"]
+    message = error["message"].replace(f"image {index}:", f"image {start + index}:", 1)
+    return RefusedImage(start + index, message, error["code"])
 
 
 def _encoded(image: Path | str | bytes | Image.Image | NDArray[np.uint8]) -> bytes:
@@ -314,23 +334,20 @@ def _encoded(image: Path | str | bytes | Image.Image | NDArray[np.uint8]) -> byt
     return buffer.getvalue()
 
 
-def _classifications(response: "httpx.Response") -> list["Classification"]:
+def _classification(entry: dict[str, Any]) -> "Classification":
     from coterie.classifier import Classification, ClassScore
 
-    return [
-        Classification(
-            label=entry["label"],
-            known=entry["known"],
-            probability=entry["probability"],
-            threshold=entry["threshold"],
-            similarity=entry["similarity"],
-            classes=tuple(ClassScore(**score) for score in entry["classes"]),
-            neighbors=tuple(_neighbor(near) for near in entry["neighbors"]),
-            calibration=entry["calibration"],
-            snapshot=entry["snapshot"],
-        )
-        for entry in response.json()["data"]
-    ]
+    return Classification(
+        label=entry["label"],
+        known=entry["known"],
+        probability=entry["probability"],
+        threshold=entry["threshold"],
+        similarity=entry["similarity"],
+        classes=tuple(ClassScore(**score) for score in entry["classes"]),
+        neighbors=tuple(_neighbor(near) for near in entry["neighbors"]),
+        calibration=entry["calibration"],
+        snapshot=entry["snapshot"],
+    )
 
 
 def _neighbor(entry: dict[str, Any]) -> "Neighbor":

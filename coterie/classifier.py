@@ -21,7 +21,7 @@ coterie.calibration.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +131,7 @@ class Classification:
         classes: the most probable classes, best first; also for unknown images.
         neighbors: the nearest gallery items.
         calibration, snapshot: by what it was decided: the calibration's id, and the gallery's last change.
+        best: the most probable class, however few are listed; a service does not tell its clients.
     """
 
     label: str | None
@@ -142,6 +143,7 @@ class Classification:
     neighbors: tuple[Neighbor, ...]
     calibration: str
     snapshot: int
+    best: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,7 @@ def classify(
             ),
             calibration=identity,
             snapshot=snapshot.sequence,
+            best=labels[best],
         )
         for best, known, threshold, similarity, first, likely, to_clusters, probability, near, how_near in zip(
             *(column.tolist() for column in columns), strict=True

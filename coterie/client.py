@@ -84,21 +84,46 @@ class Client(Connection):
         return self._run(calls.embed(images, self.batch))
 
     def classify(
-        self, images: Images, *, false_reject: float = 0.05, top: int = 5, neighbors: int = 5
-    ) -> "list[Classification]":
-        """Label or unknown for each image; see `coterie.classifier.classify`."""
-        options = {"false_reject": false_reject, "top": top, "neighbors": neighbors}
-        return self._run(calls.classify(images, self.batch, **options))  # type: ignore[arg-type]
+        self,
+        images: Images,
+        *,
+        false_reject: float = 0.05,
+        top: int = 5,
+        neighbors: int = 5,
+        k: int | None = None,
+        partial: bool = False,
+    ) -> "list[Classification | Any]":
+        """Label or unknown for each image; see `coterie.classifier.classify`.
+
+        Args:
+            k: how many gallery items vote, else as many as the bundle is calibrated with.
+            partial: let a `RefusedImage` stand in the place of an image that cannot be used, instead of an error for
+                all; so do the other methods that ask.
+        """
+        job = calls.classify(
+            images, self.batch, false_reject=false_reject, top=top, neighbors=neighbors, k=k, partial=partial
+        )
+        return self._run(job)
 
     def search(
-        self, images: Images, *, k: int = 10, labels: Sequence[str] = (), metadata: Mapping[str, Any] | None = None
-    ) -> "list[list[Neighbor]]":
+        self,
+        images: Images,
+        *,
+        k: int = 10,
+        labels: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> "list[list[Neighbor] | Any]":
         """The gallery items nearest to each image, of these classes and with these values in their metadata."""
-        return self._run(calls.search(images, self.batch, k=k, labels=labels, metadata=metadata or {}))
+        job = calls.search(images, self.batch, k=k, labels=labels, metadata=metadata or {}, partial=partial)
+        return self._run(job)
 
-    def verify(self, images: Images, label: str, *, false_reject: float = 0.05) -> "list[Verification]":
+    def verify(
+        self, images: Images, label: str, *, false_reject: float = 0.05, partial: bool = False
+    ) -> "list[Verification | Any]":
         """Whether each image belongs to the class."""
-        return self._run(calls.verify(images, self.batch, label=label, false_reject=false_reject))
+        job = calls.verify(images, self.batch, label=label, false_reject=false_reject, partial=partial)
+        return self._run(job)
 
     def enroll(
         self,
@@ -202,21 +227,40 @@ class AsyncClient(Connection):
         return await self._run(calls.embed(images, self.batch))
 
     async def classify(
-        self, images: Images, *, false_reject: float = 0.05, top: int = 5, neighbors: int = 5
-    ) -> "list[Classification]":
+        self,
+        images: Images,
+        *,
+        false_reject: float = 0.05,
+        top: int = 5,
+        neighbors: int = 5,
+        k: int | None = None,
+        partial: bool = False,
+    ) -> "list[Classification | Any]":
         """See `Client.classify`."""
-        options = {"false_reject": false_reject, "top": top, "neighbors": neighbors}
-        return await self._run(calls.classify(images, self.batch, **options))  # type: ignore[arg-type]
+        job = calls.classify(
+            images, self.batch, false_reject=false_reject, top=top, neighbors=neighbors, k=k, partial=partial
+        )
+        return await self._run(job)
 
     async def search(
-        self, images: Images, *, k: int = 10, labels: Sequence[str] = (), metadata: Mapping[str, Any] | None = None
-    ) -> "list[list[Neighbor]]":
+        self,
+        images: Images,
+        *,
+        k: int = 10,
+        labels: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> "list[list[Neighbor] | Any]":
         """See `Client.search`."""
-        return await self._run(calls.search(images, self.batch, k=k, labels=labels, metadata=metadata or {}))
+        job = calls.search(images, self.batch, k=k, labels=labels, metadata=metadata or {}, partial=partial)
+        return await self._run(job)
 
-    async def verify(self, images: Images, label: str, *, false_reject: float = 0.05) -> "list[Verification]":
+    async def verify(
+        self, images: Images, label: str, *, false_reject: float = 0.05, partial: bool = False
+    ) -> "list[Verification | Any]":
         """See `Client.verify`."""
-        return await self._run(calls.verify(images, self.batch, label=label, false_reject=false_reject))
+        job = calls.verify(images, self.batch, label=label, false_reject=false_reject, partial=partial)
+        return await self._run(job)
 
     async def enroll(
         self,

@@ -3,10 +3,10 @@
 Pure ASGI middleware around everything, BentoML's own methods too; nothing of a refused request is read but its head.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -17,25 +17,22 @@ from serving.errors import (
     ForbiddenError,
     HeadersTooLargeError,
     RequestError,
-    TooLargeError,
     TooLongError,
     UnauthorizedError,
-    UnsupportedBodyError,
 )
 from serving.keys import Keyring
-from serving.limits import RequestLimits
 from serving.listening import listens_on_loopback
 from serving.presenting import is_open
 
 __all__ = ["Access", "Policy"]
 
+logger = logging.getLogger("coterie.serving")
+
 # Whether a service lives is no secret, and who asks that has no key.
 PROBES = frozenset({"/healthz", "/livez", "/readyz"})
 # What is not one of these, and no plain reading, counts as a change: a route that is forgotten here is closed.
 ASKING = frozenset({"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/embed", "/classify"})
-# BentoML's own, which reads a body of any size into memory before our code sees it.
-NATIVE = frozenset({"/embed", "/classify"})
-NOTED = frozenset({b"authorization", b"host", b"origin", b"content-length", b"content-type"})
+NOTED = frozenset({b"authorization", b"host", b"origin"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a proxy adds to requests of others that it hands over from this machine.
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
@@ -52,14 +49,12 @@ class Policy:
         keyring: the keys; where it demands none, only this machine may change anything.
         hosts: names beside those of the loopback interface that a request without a key may come to.
         origins: of the web pages that browsers may let in.
-        max_body: bytes that BentoML's own methods may be sent; the routes count for themselves.
         on_loopback: tells whether the service can be reached from this machine alone; asked once.
     """
 
     keyring: Keyring
     hosts: frozenset[str] = frozenset()
     origins: tuple[str, ...] = ()
-    max_body: int = RequestLimits.max_body
     on_loopback: Callable[[], bool] = listens_on_loopback
 
     @cached_property
@@ -72,7 +67,6 @@ class Policy:
         Raises:
             TooLongError, HeadersTooLargeError: its head is beyond reason.
             UnauthorizedError: it needs a key.
-            TooLargeError, UnsupportedBodyError: it brings more, or a form, to BentoML's own methods.
             ForbiddenError: its key is not enough, or it comes from a web page or to a name that is not ours.
         """
         if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
@@ -95,8 +89,6 @@ class Policy:
             raise ForbiddenError(
                 "the Host is not this machine: COTERIE_HOSTS lists further names, or send a key", param="host"
             )
-        if scope["path"] in NATIVE and scope["method"] == "POST":
-            self._check_body(found.get(b"content-length", ""), found.get(b"content-type", ""))
         if changes and b"origin" in found:
             self._check_origin(found[b"origin"], found.get(b"host", ""))
 
@@ -109,21 +101,10 @@ class Policy:
         if changes and key.scope != "change":
             raise ForbiddenError(f"the key {key.id} may ask, not change", param="authorization")
 
-    def _check_body(self, length: str, content_type: str) -> None:
-        # Which BentoML answers with 500 where they are malformed.
-        if content_type.lstrip().lower().startswith("multipart/"):
-            raise UnsupportedBodyError(
-                "images come as application/json here, and as forms under /v1", param="content-type"
-            )
-        if not length.isdecimal() or int(length) > self.max_body:
-            raise TooLargeError(
-                f"the body is over the limit of {self.max_body:,} bytes, or does not say its length",
-                headers={"Connection": "close"},
-            )
-
     def _check_origin(self, origin: str, host: str) -> None:
         # Browsers say where a request comes from, and a page of another site may send one without seeing the answer.
-        if urlsplit(origin).netloc.lower() != host.lower() and origin not in self.origins:
+        own = (f"http://{host}".lower(), f"https://{host}".lower())
+        if origin.lower() not in own and origin not in self.origins:
             raise ForbiddenError("changes are not taken from pages of other origins", param="origin")
 
 
@@ -157,17 +138,28 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
-        else:
-            await self._allowed(scope, receive, send)
+            return
+        try:
+            allowed = self._allowed
+        except Exception as error:
+            await _refuse(error, scope, receive, send)
+            return
+        await allowed(scope, receive, send)
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._policy.check(scope)
-        except RequestError as error:
-            response = await on_error(Request(scope), error)
-            await response(scope, receive, send)
+        except Exception as error:
+            await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    if not isinstance(error, RequestError):
+        logger.error("who asks for %s could not be checked", scope["path"], exc_info=error)
+    response = await on_error(Request(scope), error)
+    await response(scope, receive, send)
 
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -20,14 +20,14 @@ from serving.errors import RequestError, problem
 from serving.questions import Found
 from serving.tensors import NPY, written
 
-__all__ = ["LARGE_ANSWER", "array_answer", "embedding_answer", "entry", "json_answer", "list_answer"]
+__all__ = ["LARGE_ANSWER", "array_answer", "embedding_answer", "entry", "json_answer", "list_answer", "timings"]
 
 # The event loop is kept free of anything longer than about a millisecond: a 512-wide embedding takes 50 µs as JSON.
 LARGE_ANSWER = 16
 
 
 async def json_answer(
-    size: int, build: Callable[[], BaseModel], headers: dict[str, str] | None = None, status: int = 200
+    size: int, build: Callable[[], BaseModel | list[Any]], headers: dict[str, str] | None = None, status: int = 200
 ) -> Response:
     """Build an answer and serialise it, in a thread if it has many entries."""
     content = to_json(build()) if size < LARGE_ANSWER else await asyncio.to_thread(lambda: to_json(build()))
@@ -36,7 +36,7 @@ async def json_answer(
 
 def array_answer(answered: Answered) -> Response:
     """Embeddings as a float32 array (n, d)."""
-    return Response(written(np.asarray(answered.rows)), media_type=NPY, headers=_timings(answered))
+    return Response(written(np.asarray(answered.rows)), media_type=NPY, headers=timings(answered))
 
 
 async def embedding_answer(answered: Answered, engine: Engine, encoding_format: str) -> Response:
@@ -58,7 +58,7 @@ async def embedding_answer(answered: Answered, engine: Engine, encoding_format: 
             model=engine.manifest.name,
         )
 
-    return await json_answer(len(answered.rows), build, _timings(answered))
+    return await json_answer(len(answered.rows), build, timings(answered))
 
 
 async def list_answer(answered: Answered, engine: Engine) -> Response:
@@ -69,7 +69,7 @@ async def list_answer(answered: Answered, engine: Engine) -> Response:
             bundle=engine.manifest.id, data=[entry(row, index) for index, row in enumerate(answered.rows)]
         )
 
-    return await json_answer(len(answered.rows), build, _timings(answered))
+    return await json_answer(len(answered.rows), build, timings(answered))
 
 
 @singledispatch
@@ -136,8 +136,8 @@ def _neighbor(near: Neighbor) -> schemas.NeighborEntry:
     )
 
 
-def _timings(answered: Answered) -> dict[str, str]:
-    """Milliseconds."""
+def timings(answered: Answered) -> dict[str, str]:
+    """How long the images waited and were encoded, in milliseconds, as headers."""
     return {
         "x-queue-time": f"{1000 * answered.queue_seconds:.3f}",
         "x-inference-time": f"{1000 * answered.encode_seconds:.3f}",

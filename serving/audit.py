@@ -19,7 +19,7 @@ class Change:
     """What a request has changed.
 
     Attributes:
-        action: enroll, forget, delete or swap.
+        action: enroll, forget, delete or swap; replay for what an earlier request of the same key has enrolled.
         target: the class's label, the item's id, or the bundle's id.
         count: of the items that came or went; 0 for a bundle.
     """

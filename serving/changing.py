@@ -34,16 +34,18 @@ KEY_LENGTH = 200
 async def enroll(request: Request) -> Response:
     """POST /v1/classes/{label}/examples: images that show the class from now on."""
     engine = engine_of(request)
+    engine.check_room()
     examples = await _read_examples(request, engine)
-    answer = await asyncio.to_thread(enrolled_before, engine, examples)
+    answer, count = await asyncio.to_thread(enrolled_before, engine, examples), 0
     if answer is None:
         answered = await in_time(request, engine.answer(examples.images, None, partial=examples.partial))
         rows = [entry(row, index) if isinstance(row, RequestError) else row for index, row in enumerate(answered.rows)]
         # No longer bound to the client: once begun, it is done.
         answer, count = await asyncio.to_thread(keep, engine, examples, rows)
-        if count:
-            audit(request, "enroll", examples.label, count)
-    made = any(isinstance(one, schemas.NewItem) for one in answer.data)
+    made = len({one.id for one in answer.data if isinstance(one, schemas.NewItem)})
+    if made:
+        # Whoever made the change may have died before it was written down.
+        audit(request, "enroll" if count else "replay", examples.label, made)
     return await json_answer(len(answer.data), lambda: answer, status=201 if made else 200)
 
 

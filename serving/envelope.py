@@ -34,12 +34,13 @@ class Envelope:
         started = False
         served: Served = scope["app"].state.served
         engine = scope["coterie.engine"] = served.take()
-        bundle_id = engine.manifest.id
+        bundle_id, bodies = engine.manifest.id, engine.limits.bodies
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                bodies.let_go(scope)  # the client may take its time to read the answer
                 message["headers"] += [(b"x-bundle-id", bundle_id.encode()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
@@ -53,6 +54,7 @@ class Envelope:
                 raise
             await _error_response(scope, error)(scope, receive, send_with_headers)
         finally:
+            bodies.let_go(scope)
             served.give_back(engine)
 
 

@@ -15,19 +15,19 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from serving.errors import BadRequestError, RejectedImageError, UnsupportedBodyError
 from serving.fetch import FetchError
 from serving.limits import LARGE_BODY, RequestLimits, check_count, read_body
-from serving.schemas import ImagesBody, first_complaint
+from serving.requests import in_time
+from serving.schemas import ImagesBody, StringsBody, first_complaint
 from serving.tensors import NPY, read_pixels
 
-__all__ = ["Sent", "from_strings", "read_images", "read_sent"]
+__all__ = ["Sent", "read_images", "read_sent", "read_strings"]
 
-Body = TypeVar("Body", bound=ImagesBody)
+Body = TypeVar("Body", bound=ImagesBody | StringsBody)
 Result = TypeVar("Result")
 
 # The images of a request as they were sent; an error stands for one that is refused already.
@@ -35,6 +35,11 @@ Sent = list[bytes | RejectedImageError] | NDArray[np.uint8]
 
 # What is sent for a plain file: nothing at all, or what curl's --data-binary says by itself.
 RAW_TYPES = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
+
+# Of a form's part, as python-multipart has them: how many headers, and bytes of each.
+MAX_HEADERS, MAX_HEADER = 8, 4224
+MALFORMED = "the multipart body is malformed"
+NOWHERE = -1  # what bytes.find says
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ async def read_images(request: Request, limits: RequestLimits, schema: type[Body
         TooLargeError: too many bytes or images.
         UnsupportedBodyError: a content type that no image comes in.
         RejectedImageError: a string is neither a data URI nor base64.
+        TimedOutError: a large body took too long to be parsed.
     """
     sent, body = await read_sent(request, limits, schema)
     for image in sent:
@@ -81,14 +87,12 @@ async def read_sent(
             f"not {media_type[:100]}",
             param="content-type",
         )
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
-    body = await read_body(request, limits)
+    _check_encoding(request)
     if media_type == "application/json":
-        images, parsed = await _off_loop(body, lambda: _from_json(body, schema, limits))
-        return await _fetched(images, limits), parsed
+        return await _read_json(request, limits, schema)
+    body = await read_body(request, limits)
     if media_type == "multipart/form-data":
-        return await _off_loop(body, lambda: list(_from_form(body, content_type, limits))), None
+        return await _off_loop(request, body, lambda: list(_from_form(body, content_type, limits))), None
     if not body:
         raise BadRequestError("the body is empty: send an image")
     if media_type == NPY and size:
@@ -96,14 +100,29 @@ async def read_sent(
     return [body], None
 
 
-async def _off_loop(body: bytes, parse: Callable[[], Result]) -> Result:
-    return parse() if len(body) < LARGE_BODY else await asyncio.to_thread(parse)
+async def read_strings(request: Request, limits: RequestLimits, schema: type[Body]) -> tuple[Sent, Body]:
+    """As `read_sent`, from a body of JSON alone."""
+    if request.headers.get("content-type", "application/json").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedBodyError(
+            "images come as application/json here, and as files and forms under /v1", param="content-type"
+        )
+    _check_encoding(request)
+    return await _read_json(request, limits, schema)
 
 
-async def from_strings(strings: Sequence[str], limits: RequestLimits) -> list[bytes | RejectedImageError]:
-    """The encoded images in data URIs, base64 strings or URLs, with an error in the place of each that is none."""
-    large = sum(map(len, strings)) >= LARGE_BODY
-    return await _fetched(await asyncio.to_thread(_decoded, strings) if large else _decoded(strings), limits)
+def _check_encoding(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedBodyError("send the body without content-encoding", param="content-encoding")
+
+
+async def _read_json(request: Request, limits: RequestLimits, schema: type[Body]) -> tuple[Sent, Body]:
+    body = await read_body(request, limits)
+    images, parsed = await _off_loop(request, body, lambda: _from_json(body, schema, limits))
+    return await _fetched(images, limits), parsed
+
+
+async def _off_loop(request: Request, body: bytes, parse: Callable[[], Result]) -> Result:
+    return parse() if len(body) < LARGE_BODY else await in_time(request, asyncio.to_thread(parse))
 
 
 async def _fetched(
@@ -138,7 +157,7 @@ def _from_json(
         raise BadRequestError(f"{param or 'the body'}: {message}", param=param) from error
     strings = parsed.images()
     if not strings:
-        raise BadRequestError("input is empty: send at least one image", param="input")
+        raise BadRequestError("there are no images: send at least one", param="input")
     check_count(len(strings), limits)
     return _decoded(strings), parsed
 
@@ -157,70 +176,57 @@ def _from_text(index: int, text: str) -> bytes | RejectedImageError | _Url:
 
 
 def _from_form(body: bytes, content_type: str, limits: RequestLimits) -> list[bytes]:
+    """The files of a multipart body, whose parts are found by at most one search each."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise BadRequestError("multipart/form-data needs a boundary", param="content-type")
-    form = _Form(boundary, limits)
-    try:
-        form.parser.write(body)
-        form.parser.finalize()
-    except FormParserError as error:
-        raise BadRequestError("the multipart body is malformed") from error
-    if not form.complete:
-        raise BadRequestError("the multipart body is cut short")
-    if not form.files:
+    delimiter, files = b"\r\n--" + boundary, list[bytes]()
+    # The first delimiter needs no line before it.
+    end = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
+    while True:
+        if end == NOWHERE:
+            raise BadRequestError("the multipart body is cut short" if files else MALFORMED)
+        place = end + len(delimiter)
+        if body.startswith(b"--", place):
+            break
+        start = _skip_headers(body, _next_line(body, place))
+        check_count(len(files) + 1, limits)
+        end = body.find(delimiter, start)
+        files.append(body[start:end])
+    if not files:
         raise BadRequestError("the form has no files: send one for each image")
-    return [bytes(file) for file in form.files]
+    return files
 
 
-class _Form:
-    """Collects the files of a multipart body in memory, which `read_body` has bounded."""
+def _next_line(body: bytes, place: int) -> int:
+    """Where the line after a boundary begins; what follows the boundary may be blank."""
+    end = body.find(b"\r\n", place, place + MAX_HEADER)
+    if end == NOWHERE or body[place:end].strip(b" \t"):
+        raise BadRequestError(MALFORMED)
+    return end + 2
 
-    def __init__(self, boundary: bytes, limits: RequestLimits) -> None:
-        self.files: list[bytearray] = []
-        self.complete = False
-        self._limits = limits
-        self._name = self._value = b""
-        self._disposition = b""
-        self.parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._on_name,
-                "on_header_value": self._on_value,
-                "on_header_end": self._on_header,
-                "on_headers_finished": self._on_headers,
-                "on_part_data": self._on_data,
-                "on_end": self._on_end,
-            },
-        )
 
-    def _begin(self) -> None:
-        self._disposition = b""
+def _skip_headers(body: bytes, place: int) -> int:
+    """Where the content of a file begins, whose headers begin at `place`.
 
-    def _on_name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _on_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _on_header(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._name = self._value = b""
-
-    def _on_headers(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        if b"filename" not in options:
-            name = options.get(b"name", b"").decode("utf-8", "replace")[:100]
-            raise BadRequestError(
-                f"the form field {name!r} is no file: options belong in the query", param=name or None
-            )
-        check_count(len(self.files) + 1, self._limits)
-        self.files.append(bytearray())
-
-    def _on_data(self, data: bytes, start: int, end: int) -> None:
-        self.files[-1] += data[start:end]
-
-    def _on_end(self) -> None:
-        self.complete = True
+    Raises:
+        BadRequestError: they are malformed, larger than any that mean something, or those of no file.
+    """
+    disposition = b""
+    for _ in range(MAX_HEADERS + 1):
+        end = body.find(b"\r\n", place, place + MAX_HEADER)
+        name, colon, value = body[place:end].partition(b":")
+        place, empty = end + 2, place == end
+        if empty:
+            break
+        if end == NOWHERE or not colon or not name or name.strip() != name:
+            raise BadRequestError(MALFORMED)
+        if name.lower() == b"content-disposition":
+            disposition = value
+    else:
+        raise BadRequestError(f"a part of the multipart body has more than {MAX_HEADERS} headers")
+    options = parse_options_header(disposition.strip())[1]
+    if b"filename" not in options:
+        field = options.get(b"name", b"").decode("utf-8", "replace")[:100]
+        raise BadRequestError(f"the form field {field!r} is no file: options belong in the query", param=field or None)
+    return place

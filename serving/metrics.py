@@ -97,7 +97,8 @@ class Measures(Observer):
     def answered(self, answers: Sequence[Any]) -> None:
         for answer in answers:
             if isinstance(answer, Classification):
-                known, unknown, similarity = self._of_class(answer.classes[0].label if answer.classes else OTHER)
+                nearest = answer.classes[0].label if answer.classes else answer.best
+                known, unknown, similarity = self._of_class(nearest or OTHER)
                 (known if answer.known else unknown).inc()
                 similarity.observe(answer.similarity)
 

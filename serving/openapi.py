@@ -23,7 +23,7 @@ ABOUT = """\
 Image in, embedding out; image in, label out, or an honest "unknown"; examples of a new class in, and it is known.
 
 Where the service demands keys, send `Authorization: Bearer KEY`; a key's scope is `ask`, or `change`, which includes
-it. Every answer names its bundle in `X-Bundle-Id`.
+it. Every answer of a route names its bundle in `X-Bundle-Id`.
 """
 TAGS = {
     "Ask": "Images in, answers about them out; nothing is changed.",
@@ -31,7 +31,7 @@ TAGS = {
     "Bundle": "What is served.",
     "Service": "The service itself.",
     "Probes": "For whoever watches the service; never asked for a key.",
-    "BentoML's clients": "The methods behind `bentoml.SyncHTTPClient`. Errors are BentoML's.",
+    "BentoML's clients": "The methods behind `bentoml.SyncHTTPClient`.",
 }
 HEADERS = {
     "X-Bundle-Id": "Id of the bundle that answered.",

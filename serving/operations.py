@@ -16,6 +16,7 @@ GALLERY = ("gallery_busy", "gallery_unavailable")
 IMAGES = (*BODY, "invalid_image", "overloaded", "encoder_failed", *GALLERY, "timed_out")
 ASKING = ("not_found", *IMAGES, "invalid_tensor")
 TIMES = ("x-queue-time", "x-inference-time")
+VECTORS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
 
 LABEL = Parameter("label", "path", "The class: 1 to 128 bytes of UTF-8 without slash or control characters.", "8", True)
 ITEM = Parameter("id", "path", "The item: the first 24 hexadecimal digits of its image's sha256.", samples.ITEM, True)
@@ -145,6 +146,27 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         errors=ASKING,
         samples=_sent("/v1/verify?label=3"),
     ),
+    ("POST", "/embed"): Operation(
+        "BentoML's clients",
+        {200: Answer("One embedding for each image.", VECTORS, samples.VECTORS, headers=TIMES)},
+        body=schemas.StringsBody,
+        example=samples.STRINGS,
+        errors=IMAGES,
+    ),
+    ("POST", "/classify"): Operation(
+        "BentoML's clients",
+        {
+            200: Answer(
+                "Entries as those of /v1/classify.",
+                {"type": "array", "items": schemas.ClassificationEntry},
+                samples.CLASSIFIED["data"],
+                headers=TIMES,
+            )
+        },
+        body=schemas.ClassifyStringsBody,
+        example=samples.STRINGS,
+        errors=("not_found", *IMAGES),
+    ),
     ("GET", "/v1/bundle"): Operation(
         "Bundle",
         {200: Answer("The manifest.", Manifest, samples.MANIFEST)},
@@ -226,46 +248,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
 }
 
-STRINGS = {
-    "type": "object",
-    "properties": {"images": {"type": "array", "items": {"type": "string"}, "description": "Data URIs or base64."}},
-    "required": ["images"],
-}
-CLASSIFY_STRINGS = {
-    **STRINGS,
-    "properties": {
-        **STRINGS["properties"],  # type: ignore[dict-item]
-        "false_reject": {"type": "number", "default": 0.05},
-        "top": {"type": "integer", "default": 5},
-        "neighbors": {"type": "integer", "default": 5},
-    },
-}
-VECTORS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-
 # Answered by BentoML, beside the routes of the application.
 BENTOML: dict[tuple[str, str], Operation] = {
-    ("POST", "/embed"): Operation(
-        "BentoML's clients",
-        {200: Answer("One embedding for each image.", VECTORS, samples.VECTORS)},
-        body=STRINGS,
-        example=samples.STRINGS,
-        errors=("too_large",),
-        summary="Embeddings, for BentoML's own clients",
-    ),
-    ("POST", "/classify"): Operation(
-        "BentoML's clients",
-        {
-            200: Answer(
-                "Entries as those of /v1/classify.",
-                {"type": "array", "items": schemas.ClassificationEntry},
-                samples.CLASSIFIED["data"],
-            )
-        },
-        body=CLASSIFY_STRINGS,
-        example=samples.STRINGS,
-        errors=("too_large",),
-        summary="Label or unknown, for BentoML's own clients",
-    ),
     ("GET", "/schema.json"): Operation(
         "BentoML's clients",
         {200: Answer("BentoML's own description.", {"type": "object"})},

@@ -70,7 +70,7 @@ DESCRIBED = {
     ),
     "bundle_refused": Described(
         422, INVALID, "The bundle cannot be served here, and the old one goes on.",
-        "'coterie-bundle:86053cd905b2' was not swapped in: BentoML's model store has no such tag", "bundle",
+        "'coterie-bundle:86053cd905b2' was not swapped in: the model store has no such tag", "bundle",
     ),
     "overloaded": Described(
         429, "rate_limit_error", "As many images are under way as the service holds; `Retry-After` says when to ask "

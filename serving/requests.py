@@ -56,8 +56,12 @@ def check_model(name: str | None, engine: Engine) -> None:
 
 
 async def in_time(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """Await `work` unless the client leaves or the time is over first; then it is cancelled."""
+    """Await `work` unless the client leaves or the time is over first; then it is cancelled.
+
+    The time begins with the first work of a request, and all of it shares it.
+    """
     loop = asyncio.get_running_loop()
+    end: float = request.scope.setdefault("coterie.end", loop.time() + engine_of(request).limits.seconds)
     watching: asyncio.Task[None] | None = None
 
     def watch() -> None:
@@ -67,7 +71,7 @@ async def in_time(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer
 
     patience = loop.call_later(PATIENCE_SECONDS, watch)
     try:
-        async with asyncio.timeout(engine_of(request).limits.seconds) as deadline:
+        async with asyncio.timeout_at(end) as deadline:
             return await work
     except TimeoutError:
         if not deadline.expired():

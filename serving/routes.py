@@ -13,7 +13,7 @@ from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serving import asking, browsing, changing, presenting
+from serving import asking, browsing, changing, native, presenting
 from serving.envelope import Envelope, on_error, on_http_exception
 from serving.errors import RequestError
 from serving.metrics import metrics
@@ -28,6 +28,8 @@ ROUTES = (
     Route("/v1/classify", asking.classify, methods=["POST"]),
     Route("/v1/search", asking.search, methods=["POST"]),
     Route("/v1/verify", asking.verify, methods=["POST"]),
+    Route("/embed", native.bentoml_embed, methods=["POST"]),
+    Route("/classify", native.bentoml_classify, methods=["POST"]),
     Route("/v1/bundle", browsing.bundle),
     Route("/v1/bundle", changing.swap, methods=["POST"]),
     Route("/v1/models", browsing.models),
@@ -46,7 +48,7 @@ ROUTES = (
 
 PRESENTED = Presented(ROUTES)
 
-ASKING = {route.path: route for route in ROUTES if getattr(asking, route.name, None) is route.endpoint}
+ASKING = {route.path: route for route in ROUTES if route.endpoint.__module__ in (asking.__name__, native.__name__)}
 
 
 class Direct:

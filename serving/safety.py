@@ -42,7 +42,7 @@ class Safety:
         self.measures = Measures(Path(folder) if folder else None)
         self.journal = Journal(settings.state / journal.FILE_NAME)
         keyring = Keyring(_key_file(settings), required=settings.keys is not None)
-        self.policy = Policy(keyring, settings.hosts, settings.origins, settings.limits.max_body)
+        self.policy = Policy(keyring, settings.hosts, settings.origins)
         self._served: Served | None = None
         self.records = Records(
             self.measures, write=to_standard_output if settings.request_log else None, refresh=self._refresh

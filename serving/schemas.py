@@ -16,6 +16,7 @@ __all__ = [
     "Classified",
     "ClassifyBody",
     "ClassifyQuery",
+    "ClassifyStringsBody",
     "EmbeddingEntry",
     "EmbeddingList",
     "EmbeddingsBody",
@@ -33,6 +34,7 @@ __all__ = [
     "SearchBody",
     "SearchQuery",
     "Searched",
+    "StringsBody",
     "Usage",
     "VerificationEntry",
     "Verified",
@@ -168,6 +170,33 @@ class EmbeddingsBody(ImagesBody, EmbeddingsQuery):
 
     dimensions: int | None = None
     user: str | None = None
+
+
+class StringsBody(BaseModel):
+    """JSON body of BentoML's clients.
+
+    Attributes:
+        images: data URIs or base64.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strings: list[str] = Field(alias="images")
+
+    def images(self) -> list[str]:
+        return self.strings
+
+
+class ClassifyStringsBody(StringsBody):
+    """JSON body of BentoML's clients for /classify.
+
+    Attributes:
+        false_reject, top, neighbors: as of /v1/classify.
+    """
+
+    false_reject: float = 0.05
+    top: int = 5
+    neighbors: int = 5
 
 
 class ClassifyBody(ImagesBody, ClassifyQuery):

@@ -1,7 +1,7 @@
 """The BentoML service: `bentoml serve serving.service:Coterie`, or `bentoml serve` in the project's root.
 
-BentoML starts the workers and answers /healthz, /livez and /readyz, and its own clients at /embed and /classify; every
-other path is the application's of `serving.routes`, mounted at the root.
+BentoML starts the workers, answers /healthz, /livez and /readyz, and describes itself to its clients at /schema.json;
+every other path is the application's of `serving.routes`, mounted at the root.
 """
 
 import gc
@@ -22,14 +22,13 @@ from coterie.errors import CoterieError, DeviceError
 from serving.access import Access
 from serving.engine import Engine
 from serving.model_store import find_bundle
-from serving.native import NativeMethods
 from serving.pointer import bundle_to_serve, end_older_swap
 from serving.records import Recorder
 from serving.routes import build_app
 from serving.safety import Safety, check_safety, metrics_folder
 from serving.served import Served
 from serving.settings import Settings, traced, worker_count
-from serving.shortcuts import Straight, replace_time_limit
+from serving.shortcuts import Straight, remove_time_limit
 from serving.swapping import Swapper
 
 __all__ = ["Coterie"]
@@ -54,16 +53,29 @@ SWITCH_SECONDS = 0.0005
     workers=worker_count(),
     # Anybody who reaches the port may ask, so it is open to this machine alone unless --host says otherwise.
     http={"host": "127.0.0.1"},
-    # Beyond the application's own limits, and for clients that send their body slowly.
-    traffic={"timeout": 120},
     # BentoML's metrics make a time series of every path that anybody asks for.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing=TRACING,
 )
 @bentoml.asgi_app(app, path="/")
-class Coterie(NativeMethods):
-    """Supervised contrastive image embeddings and open-set labels."""
+class Coterie:
+    """Supervised contrastive image embeddings and open-set labels.
+
+    Its methods are what /schema.json tells BentoML's clients of; `serving.native` answers them.
+    """
+
+    @bentoml.api
+    async def embed(self, images: list[str]) -> list[list[float]]:
+        """One embedding of unit length for each image, a base64 string or data URI."""
+        raise NotImplementedError
+
+    @bentoml.api
+    async def classify(
+        self, images: list[str], false_reject: float = 0.05, top: int = 5, neighbors: int = 5
+    ) -> list[dict[str, Any]]:
+        """Label or unknown for each image, a base64 string or data URI; entries as /v1/classify has them."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         # BentoML's logging shows warnings only; what this service decided at its start is worth a line.
@@ -146,7 +158,7 @@ Coterie.add_asgi_middleware(
 )
 Coterie.add_asgi_middleware(Access, policy=lambda: app.state.safety.policy)
 Coterie.add_asgi_middleware(Straight, application=app)
-replace_time_limit()
+remove_time_limit()
 
 
 def _look_after_workers() -> None:

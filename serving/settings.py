@@ -15,7 +15,7 @@ from coterie.machine import processors
 from coterie.providers import check_device
 from coterie.store import CLASS_QUOTA, StoreOptions
 from serving.fetch import Fetcher
-from serving.limits import RequestLimits
+from serving.limits import Bodies, RequestLimits
 
 __all__ = ["Settings", "traced", "worker_count"]
 
@@ -43,8 +43,8 @@ class Settings:
         hosts: COTERIE_HOSTS, names beside the loopback interface's that a request without a key may come to.
         origins: COTERIE_CORS, origins of web pages that browsers let in.
         request_log: COTERIE_REQUEST_LOG, whether each request leaves a line on standard output (1, the default).
-        limits: COTERIE_MAX_BODY, COTERIE_MAX_IMAGES, COTERIE_MAX_PIXELS, COTERIE_BODY_SECONDS and
-            COTERIE_ANSWER_SECONDS, see `serving.limits.RequestLimits`; COTERIE_ALLOW_URLS, hosts that images are
+        limits: COTERIE_MAX_BODY, COTERIE_BODIES_BYTES, COTERIE_MAX_IMAGES, COTERIE_MAX_PIXELS, COTERIE_BODY_SECONDS
+            and COTERIE_ANSWER_SECONDS, see `serving.limits.RequestLimits`; COTERIE_ALLOW_URLS, hosts that images are
             fetched from.
     """
 
@@ -131,6 +131,8 @@ def _limits(environment: Mapping[str, str]) -> RequestLimits:
     image = Limits(max_bytes=min(max_body, usual.image.max_bytes), max_pixels=pixels)
     return RequestLimits(
         max_body=max_body,
+        # One request of the largest size is taken in whatever this says.
+        bodies=Bodies(max(max_body, _count(environment, "COTERIE_BODIES_BYTES", usual.bodies.most))),
         max_images=_count(environment, "COTERIE_MAX_IMAGES", usual.max_images),
         image=image,
         seconds=_count(environment, "COTERIE_ANSWER_SECONDS", int(usual.seconds)),

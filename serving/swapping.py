@@ -158,7 +158,7 @@ class Swapper:
         if colon and model == MODEL:
             path = stored(version) if VERSION.fullmatch(version) else None
             if path is None:
-                raise _refused(named, "BentoML's model store has no such tag")
+                raise _refused(named, "the model store has no such tag")
             return path
         if self._bundles is None:
             raise _refused(named, f"name a tag {MODEL}:VERSION; paths are taken where COTERIE_BUNDLES names a folder")

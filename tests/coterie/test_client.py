@@ -135,6 +135,40 @@ def test_a_bad_image_is_named_by_its_place_among_all(url: str, digit_images) -> 
     assert str(caught.value).startswith("image 9: ")
 
 
+def test_errors_stand_in_the_place_of_images_where_they_are_asked_for(url: str, digit_images) -> None:
+    images = [b"no image", *digit_images.images[:4], b"x"]
+
+    async def ask(name: str, *arguments: Any, **options: Any) -> Any:
+        async with AsyncClient(url, batch=4) as client:
+            return await getattr(client, name)(images, *arguments, partial=True, **options)
+
+    with Client(url, batch=4) as client:
+        for name, arguments, options, told in (
+            ("classify", (), {}, lambda answer: answer.label),
+            ("search", (), {"k": 2}, lambda nearest: [near.id for near in nearest]),
+            ("verify", ("3",), {}, lambda answer: answer.match),
+        ):
+            method = getattr(client, name)
+            wanted = method(images[1:5], *arguments, **options)
+            for found in (
+                method(images, *arguments, partial=True, **options),
+                asyncio.run(ask(name, *arguments, **options)),
+            ):
+                assert [told(one) for one in found[1:5]] == [told(one) for one in wanted]
+                assert [(found[row].index, found[row].code) for row in (0, 5)] == [
+                    (0, "invalid_image"),
+                    (5, "invalid_image"),
+                ]
+                assert found[5].message.startswith("image 5: ")
+
+
+def test_as_many_items_vote_as_are_asked_for(url: str, tiny_bundle: Bundle, digit_images) -> None:
+    with Client(url) as client:
+        for k, same in ((None, True), (1, False)):
+            (answer,) = client.classify(digit_images.images[:1], k=k)
+            assert (answer.calibration == tiny_bundle.manifest.calibration.id) is same
+
+
 def test_asyncio_gets_the_same(url: str, tiny_bundle: Bundle, digit_images) -> None:
     images = digit_images.images[:10]
     eights = list(digit_images.of("8").images[:3])

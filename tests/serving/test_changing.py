@@ -317,7 +317,7 @@ def test_each_change_is_told_to_whoever_keeps_records(
     outside.delete("/v1/classes/8")
     assert told == [
         Change("enroll", "8", 5),
-        None,
+        Change("replay", "8", 5),
         Change("delete", item_id(eights[0]), 1),
         Change("forget", "8", 4),
         None,

@@ -62,8 +62,8 @@ class Service:
         with httpx.Client(base_url=self.url, timeout=20, trust_env=False, headers=headers) as client:
             return client.request(method, path, **content)  # type: ignore[arg-type]
 
-    def until(self, true: Callable[[], bool]) -> None:
-        end = time.monotonic() + DEADLINE
+    def until(self, true: Callable[[], bool], seconds: float = DEADLINE) -> None:
+        end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end and self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
@@ -116,7 +116,8 @@ def test_two_workers_obey_the_same_keys_and_count_together(tiny_bundle: Bundle, 
 
         killed = service.workers()[0]
         killed.kill()
-        service.until(lambda: len(service.workers()) == 2 and killed not in service.workers())
+        # Of a process that looks every 3 seconds; BentoML by itself would take more than 10.
+        service.until(lambda: len(service.workers()) == 2 and killed not in service.workers(), seconds=10)
         service.until(lambda: service.log.read_text().count("Service Coterie initialized") == 3)
     rows = [json.loads(line) for line in (service.state / "audit.jsonl").read_text().splitlines()]
     changes = [(row["action"], row["target"], row["key"]) for row in rows]

@@ -214,6 +214,18 @@ def test_the_gallerys_size_follows_its_changes(house: House) -> None:
     assert house.counts()["coterie_gallery_items{}"] == 420
 
 
+def test_classes_are_counted_though_none_is_listed(house: House, digit_images, files) -> None:
+    images = [*digit_images.of("3").images[:3], *digit_images.of("9").images[:3]]
+    listed = house.client.post("/v1/classify", files=files(images)).json()["data"]
+    house.client.post("/v1/classify?top=0", files=files(images))
+    counts = house.counts()
+    for label, known in {(entry["classes"][0]["label"], entry["known"]) for entry in listed}:
+        same = sum((entry["classes"][0]["label"], entry["known"]) == (label, known) for entry in listed)
+        labels = json.dumps({"known": str(known).lower(), "nearest": label}, sort_keys=True)
+        assert counts["coterie_classified_total" + labels] == 2 * same
+    assert OTHER not in {json.loads(name[name.index("{") :]).get("nearest") for name in counts}
+
+
 def test_labels_of_metrics_stay_few_whatever_is_asked_and_answered(house: House, tiny_bundle, digit_images) -> None:
     for number in range(50):
         house.client.get(f"/{number}")

@@ -330,12 +330,13 @@ def test_more_images_than_there_is_room_for_get_429(tiny_bundle: Bundle, digit_i
     app.state.served.close()
 
 
-def test_what_there_is_no_room_for_is_not_read(tiny_bundle: Bundle, limits, call) -> None:
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/classes/8/examples"])
+def test_what_there_is_no_room_for_is_not_read(tiny_bundle: Bundle, limits, call, path: str) -> None:
     async def receive() -> dict[str, Any]:
         raise AssertionError("the body was read")
 
     engine = Engine(tiny_bundle, limits=limits, capacity=0)
-    sent = asyncio.run(asyncio.wait_for(call(engine, "/v1/classify", receive), 20))
+    sent = asyncio.run(asyncio.wait_for(call(engine, path, receive), 20))
     assert sent[0]["status"] == 429
     engine.close()
 

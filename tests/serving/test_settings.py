@@ -111,6 +111,7 @@ def test_what_guards_the_service_is_read_as_it_is_documented(tmp_path: Path) -> 
             "COTERIE_CORS": "https://app.example http://localhost:5173",
             "COTERIE_ALLOW_URLS": "Images.example.org other.example:8443",
             "COTERIE_MAX_BODY": "1000",
+            "COTERIE_BODIES_BYTES": "5000",
             "COTERIE_MAX_IMAGES": "3",
             "COTERIE_MAX_PIXELS": "500",
             "COTERIE_BODY_SECONDS": "5",
@@ -123,6 +124,10 @@ def test_what_guards_the_service_is_read_as_it_is_documented(tmp_path: Path) -> 
     assert settings.origins == ("https://app.example", "http://localhost:5173")
     limits = settings.limits
     assert (limits.max_body, limits.max_images, limits.body_seconds, limits.seconds) == (1000, 3, 5, 7)
+    assert limits.bodies.most == 5000
+    assert (
+        Settings.from_environment({"COTERIE_MAX_BODY": "9000", "COTERIE_BODIES_BYTES": "1"}).limits.bodies.most == 9000
+    )
     assert (limits.image.max_bytes, limits.image.max_pixels) == (1000, 500)
     assert limits.fetcher is not None and limits.fetcher.max_total == 1000
     assert limits.fetcher.hosts == {"images.example.org", "other.example:8443"}
@@ -134,6 +139,7 @@ def test_what_guards_the_service_is_read_as_it_is_documented(tmp_path: Path) -> 
     ("name", "value"),
     [
         ("COTERIE_MAX_BODY", "64MB"),
+        ("COTERIE_BODIES_BYTES", "1GB"),
         ("COTERIE_MAX_IMAGES", "0"),
         ("COTERIE_BODY_SECONDS", "-1"),
         ("COTERIE_CORS", "*"),

@@ -1,16 +1,17 @@
 """The ways around BentoML lead where BentoML would have led."""
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
+from bentoml._internal.server.base_app import BaseAppFactory
+from bentoml._internal.server.http import traffic
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.routes import ASKING, ROUTES, Direct, build_app
-from serving.shortcuts import METHODS, OWN, Deadline, Straight
+from serving.shortcuts import OWN, Straight, remove_time_limit
 
 
 def scope_of(path: str, method: str = "POST", type_: str = "http") -> Scope:
@@ -31,11 +32,11 @@ def sent_by(app: Any, scope: Scope) -> list[Message]:
 
 
 def test_the_routes_that_images_are_asked_on_are_direct() -> None:
-    assert set(ASKING) == {"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify"}
+    assert set(ASKING) == {"/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify", "/embed", "/classify"}
     assert all(route in ROUTES for route in ASKING.values())
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/classify", "/v1/search", "/v1/verify"])
+@pytest.mark.parametrize("path", sorted(ASKING))
 @pytest.mark.parametrize("body", [b"", b"no image", b"{"])
 def test_direct_routes_answer_as_the_others_do(client: TestClient, path: str, body: bytes) -> None:
     app = client.app
@@ -76,36 +77,16 @@ def test_bentoml_keeps_its_own_paths_and_everything_else_is_ours() -> None:
     assert len([path for name, path in asked if name == "ours"]) == 5
 
 
-@pytest.mark.parametrize("path", METHODS)
-def test_a_method_of_bentoml_that_takes_too_long_is_ended_with_our_error(path: str) -> None:
-    ended = []
+def test_bentoml_puts_no_timer_around_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "TimeoutMiddleware", traffic.TimeoutMiddleware)
+    remove_time_limit()
 
-    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(path)
+    class Factory(BaseAppFactory):
+        name = "one"
 
-    start, body = sent_by(Deadline(slow, 0.01), scope_of(path))
-    assert start["status"] == 504
-    assert json.loads(body["body"])["error"]["code"] == "timed_out"
-    assert ended == [path]
-
-
-def test_what_has_begun_to_be_answered_is_not_answered_twice() -> None:
-    async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await asyncio.Event().wait()
-
-    assert [message["status"] for message in sent_by(Deadline(stuck, 0.01), scope_of("/embed"))] == [200]
-
-
-def test_our_own_paths_have_no_such_end() -> None:
-    async def patient(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.05)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    assert sent_by(Deadline(patient, 0.01), scope_of("/v1/embeddings"))[0]["status"] == 200
+    (middleware,) = Factory(timeout=60, max_concurrency=None).middlewares
+    app = object()
+    assert middleware.cls(app, *middleware.args, **middleware.kwargs) is app
 
 
 def test_the_application_is_built_with_the_direct_routes() -> None:

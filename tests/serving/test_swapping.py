@@ -248,9 +248,9 @@ def test_what_was_enrolled_is_embedded_anew_by_the_new_encoder_and_back(
         ("out", "does not lead below COTERIE_BUNDLES"),
         ("a\0b", "it is no path"),
         ("x" * 5000, "was not swapped in"),
-        ("coterie-bundle:nowhere", "has no such tag"),
-        ("coterie-bundle:../../etc", "has no such tag"),
-        ("coterie-bundle:", "has no such tag"),
+        ("coterie-bundle:nowhere", "the model store has no such tag"),
+        ("coterie-bundle:../../etc", "the model store has no such tag"),
+        ("coterie-bundle:", "the model store has no such tag"),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_the_old_bundle_goes_on(
