@@ -85,7 +85,7 @@ class _Job(Generic[Row, Context, Result]):
 PACE_SECONDS = 1.0
 # Who arrives in a turn of the event loop that has taken in others for so long, while so many rows are under way, is
 # refused: else one turn would take in hundreds, and nobody else be heard for seconds.
-TURN_SECONDS, MANY_UNDER_WAY = 0.25, 64
+TURN_SECONDS, MANY_UNDER_WAY = 0.5, 64
 
 
 class Batcher(Generic[Row, Context, Result]):
