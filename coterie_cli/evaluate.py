@@ -79,13 +79,13 @@ def evaluate(
     study = run_study(bundle, data, compare or [], wanted)
     show_rejected(study.first.rejected)
     _show(study)
+    if json_file:
+        write_text(json_file, json.dumps(study.to_json(), indent=1) + "\n")
     if report:
         from evaluation.report import write_report
 
         write_report(study, report)
         console.print(f"Report: [bold]{report}[/]")
-    if json_file:
-        write_text(json_file, json.dumps(study.to_json(), indent=1) + "\n")
     if failures := gate.failures(study):
         raise GateFailed("; ".join(failures))
 

@@ -104,6 +104,16 @@ def test_a_handful_of_images_without_extras_has_a_report(tiny_bundle, digit_tree
     assert "NaN" not in (tmp_path / "report.html").read_text("utf-8").rpartition("<script>")[2]
 
 
+def test_embeddings_that_are_all_equal_have_a_map(tiny_bundle, study, tmp_path):
+    """As of an encoder that collapsed."""
+    queries = study.queries
+    equal = Queries(queries.images, np.repeat(queries.embeddings[:1], len(queries), axis=0), queries.seconds)
+    collapsed = Study.of(tiny_bundle, equal, study.first)
+    write_report(collapsed, tmp_path / "report.html")
+    for trace in figures(collapsed)["map"].to_plotly_json()["data"]:
+        np.testing.assert_allclose([trace["x"], trace["y"]], 0, atol=1e-4)
+
+
 def test_bundles_are_compared_on_one_class_too(tiny_bundle, digit_tree_of, tmp_path):
     data = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=3, skip=100)
     study = run_study(tiny_bundle.path, data, [tiny_bundle.path], Wanted(device="cpu"))
