@@ -17,6 +17,7 @@ __all__ = ["Comparison", "Difference", "check_same_images", "compare"]
 
 RATES = ("top1", "accepted_top1", "knn_top1", "cluster_top1", "probe_top1", "recall_at_1")
 MEANS = ("r_precision", "map_at_r", "silhouette")
+CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether chance hardly explains it: p < 0.05 where there is a test, else an interval that leaves out 0."""
+        return self.low > 0 or self.high < 0 if self.p is None else self.p < CHANCE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from coterie.bundle import Bundle, write_bundle
 from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import Snapshot
-from evaluation.compare import check_same_images
+from coterie.intervals import bootstrap_means, mcnemar
+from evaluation.compare import Difference, check_same_images
 from evaluation.corruptions import CORRUPTIONS, corrupt
 from evaluation.few_shot import SHOTS
 from evaluation.queries import embed_folder
@@ -72,6 +73,18 @@ def test_a_bundle_does_not_differ_from_itself(tiny_bundle, data, tmp_path):
         assert one.p in (None, 1)
     assert not any(one.clear for one in found.comparisons[0].differences)
     assert Gate(max_drop=0).failures(found) == []
+
+
+@pytest.mark.parametrize(("more", "clear"), [(4, False), (6, True)])
+def test_a_difference_that_chance_explains_is_not_clear(more, clear):
+    """Four images that only one gets right: the interval leaves out 0, but p is 1/8."""
+    other = np.arange(400) >= 50
+    first = other | (np.arange(400) < more)
+    less = bootstrap_means((first * 1.0 - other)[:, None])[0]
+    assert less.low > 0
+    found = Difference("top1", first.mean(), other.mean(), less.value, less.low, less.high, mcnemar(first, other))
+    assert found.p == pytest.approx(2 * 0.5**more)
+    assert found.clear == clear
 
 
 def test_other_images_are_not_compared(tiny_bundle, data, digit_tree_of, tmp_path):
