@@ -38,7 +38,9 @@ def evaluate(
     compare: Annotated[
         list[Path] | None, typer.Option(help="Another bundle on the same images; may be repeated.", show_default=False)
     ] = None,
-    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in the forms of DATA.")] = None,
+    unknown: Annotated[
+        Path | None, typer.Option(help="Images of no known class: a folder of them, or a table as of DATA.")
+    ] = None,
     hold_out: Annotated[
         str | None,
         typer.Option(help="Classes to meet as unknown: 8,9 or, for five splits, random.", show_default=False),

@@ -265,4 +265,4 @@ def _unknown(
     seed: int,
 ) -> UnknownResult:
     strange = score(unknown.embeddings, snapshot, bundle.manifest.calibration)
-    return measure_unknown(known, right, strange, limit, seed)
+    return measure_unknown(known, right, strange, limit, data=unknown.images.fingerprint, seed=seed)

@@ -1,6 +1,7 @@
 """Offline evaluation of a real bundle: the numbers are those of the served answers, and of scikit-learn on them."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,8 @@ def test_the_script_prints_the_same_numbers(tiny_bundle, digit_tree_of, tmp_path
     printed, expected = json.loads(done.stdout), result.to_json()
     for name in ("top1", "knn_top1", "map_at_r", "intervals", "per_class", "data", "bundle", "knn", "reliability"):
         assert printed[name] == expected[name]
+    again = ["python", *command[1:]]
+    assert printed["provenance"]["command"] == shlex.join(again)
     assert done.returncode == 1
     assert "above --max-ece 0" in done.stderr
 

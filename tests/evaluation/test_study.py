@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +68,9 @@ def test_a_bundle_does_not_differ_from_itself(tiny_bundle, data, tmp_path):
     twin = shutil.copytree(tiny_bundle.path, tmp_path / "twin")
     found = run_study(tiny_bundle.path, data, [twin], Wanted(device="cpu"))
     assert found.names == ("bundle", "twin")
-    assert found.to_json()["compared"][0]["name"] == "twin"
+    values = found.to_json()
+    assert [values["name"], values["compared"][0]["name"]] == ["bundle", "twin"]
+    assert values["comparisons"][0]["first"] == values["name"]
     for one in found.comparisons[0].differences:
         assert (one.difference, one.low, one.high) == (0, 0, 0) or one.measure == "ece"
         assert one.p in (None, 1)
@@ -181,12 +184,55 @@ def test_gates_that_hold_give_none(study):
     [
         (Wanted(), Gate(max_drop=0.1), "--compare"),
         (Wanted(), Gate(max_ece=5), "--max-ece is 5"),
+        (Wanted(), Gate(min_top1=1.01), "--min-top1 is 1.01"),
+        (Wanted(), Gate(min_top1=float("nan")), "--min-top1 is nan"),
         (Wanted(seed=-1), Gate(), "--seed is -1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_any_work(wanted, gate, message):
     with pytest.raises(CoterieError, match=message):
         check_wanted(wanted, gate, ())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(hold_out="1,nine"), "the gallery has no class 'nine'"),
+        (Wanted(hold_out="0,1,2,3,4,5,6,7"), "leaves no class"),
+        (Wanted(hold_out="5"), "images are needed of these classes and of others"),
+        (Wanted(hold_out="3"), "images are needed of these classes and of others"),
+        (Wanted(hold_out="random"), "add images of another"),
+        (Wanted(unknown=Path("nowhere")), "nowhere is not a folder"),
+    ],
+)
+def test_what_the_images_cannot_answer_is_refused_before_any_is_embedded(
+    tiny_bundle, digit_tree_of, tmp_path, monkeypatch, wanted, message
+):
+    monkeypatch.setattr("evaluation.queries.read_pixels", None)
+    threes = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=3, skip=100)
+    with pytest.raises(DataError, match=message):
+        run_study(tiny_bundle.path, threes, (), wanted)
+
+
+def test_random_splits_are_of_classes_that_have_images(tiny_bundle, digit_tree_of, tmp_path):
+    data = digit_tree_of(tmp_path / "two", classes=(3, 6), per_class=4, skip=100)
+    found = run_study(tiny_bundle.path, data, (), Wanted(hold_out="random", device="cpu")).first
+    assert {split.classes for split in found.held_out} == {("3",), ("6",)}
+
+
+def test_unknown_images_need_no_class_folders(tiny_bundle, data, digit_tree_of, tmp_path):
+    tree = digit_tree_of(tmp_path / "tree", classes=(8, 9), per_class=4)
+    (tmp_path / "flat").mkdir()
+    for path in tree.rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat" / path.name)
+    results = [
+        run_study(tiny_bundle.path, data, (), Wanted(unknown=folder, device="cpu")).to_json()["unknown"]
+        for folder in (tree, tmp_path / "flat")
+    ]
+    assert results[0]["images"] == 8
+    assert results[0]["data"].startswith("sha256:")
+    assert results[0]["data"] == results[1]["data"]
+    assert results[0]["accepted"] == results[1]["accepted"]
 
 
 def test_a_single_evaluation_is_a_study(tiny_bundle, study):
