@@ -108,7 +108,7 @@ def _show(study: "Study") -> None:
         row = Text(f"AUROC without {', '.join(split.classes)}")
         table.add_row(row, f"{split.unknown.auroc:.4f}", _range(split.unknown.intervals["auroc"]))
     if len(result.held_out) > 1:
-        table.add_row(f"the same, mean of {len(result.held_out)} splits", f"{result.held_out_auroc:.4f}", "")
+        _add(table, f"the same, mean of {len(result.held_out)} splits", result, "held_out_auroc")
     if study.robustness:
         found = study.robustness[0]
         table.add_row("error, mean of 75 corruptions", f"{found.mean_error:.4f}", _range(found.mean_error_interval))

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
         strict=options.strict,
         device=options.device,
+        threads=options.threads,
     )
     try:
         check_wanted(wanted, gate, options.compare)
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-drop", type=float, help="exit with 1 if top-1 is that much below the compared bundle's")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--device", default="auto", help="where the encoder runs: auto, cpu, cuda …")
+    parser.add_argument("--threads", type=int, help="CPU threads of the encoder, by default one for each processor")
     return parser
 
 

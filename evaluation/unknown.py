@@ -22,6 +22,7 @@ __all__ = [
     "UnknownResult",
     "check_split",
     "hold_out",
+    "mean_auroc",
     "measure_unknown",
     "random_splits",
 ]
@@ -158,3 +159,18 @@ def hold_out(
     found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed=seed)
     top1 = bootstrap_means(right[:, None], seed=seed)[0]
     return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, (top1.low, top1.high), found)
+
+
+def mean_auroc(splits: Sequence[HeldOut], labels: NDArray[np.str_], seed: int = 0) -> Interval:
+    """Mean AUROC over splits of the same queries, whose labels are (n,): each draw takes the same images for all."""
+    out = np.stack([np.isin(labels, split.classes) for split in splits], axis=1)  # (n, splits)
+    scores = np.empty(out.shape)
+    for column, split in enumerate(splits):
+        scores[~out[:, column], column] = split.unknown.known_scores
+        scores[out[:, column], column] = split.unknown.unknown_scores
+
+    def mean(out: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        found = [auroc(own[~left], own[left]) for left, own in zip(out.T, scores.T, strict=True)]
+        return float(np.mean(found))
+
+    return bootstrap(mean, (out, scores), draws=DRAWS, seed=seed)

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     confusion_matrix,
+    f1_score,
     precision_recall_fscore_support,
     silhouette_score,
     top_k_accuracy_score,
@@ -60,6 +62,17 @@ def test_classes_are_measured_as_scikit_learn_does(queries, result):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert result.balanced_accuracy == pytest.approx(balanced_accuracy_score(truth, predicted))
     assert result.macro_f1 == pytest.approx(np.nanmean(rates[2]))
+
+
+def test_macro_f1_counts_classes_that_were_only_answered(tiny_bundle, queries):
+    known = queries[0].select(np.isin(queries[0].labels, ["1", "2", "5"]))
+    of_five = known.images.labels == known.images.classes.index("5")
+    wrong = np.where(of_five, known.images.classes.index("1"), known.images.labels)
+    known = replace(known, images=replace(known.images, labels=wrong))
+    found = evaluate(tiny_bundle, known)
+    predicted = found.answers.predicted
+    assert set(predicted) - set(known.labels)
+    assert found.macro_f1 == pytest.approx(f1_score(known.labels, predicted, average="macro"))
 
 
 def test_top5_is_scikit_learns(tiny_bundle, queries, result):
@@ -183,13 +196,13 @@ def test_other_images_are_no_leak(result):
 
 def test_the_script_prints_the_same_numbers(tiny_bundle, digit_tree_of, tmp_path, result):
     known = digit_tree_of(tmp_path / "known", classes=range(8), per_class=12, skip=100)
-    command = [sys.executable, "-m", "evaluation.knn", str(tiny_bundle.path), str(known), "--max-ece", "0"]
+    more = ("--hold-out", "1,5", "--max-ece", "0", "--threads", "1")
+    command = [sys.executable, "-m", "evaluation.knn", str(tiny_bundle.path), str(known), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     printed, expected = json.loads(done.stdout), result.to_json()
     for name in ("top1", "knn_top1", "map_at_r", "intervals", "per_class", "data", "bundle", "knn", "reliability"):
         assert printed[name] == expected[name]
-    again = ["python", *command[1:]]
-    assert printed["provenance"]["command"] == shlex.join(again)
+    assert printed["provenance"]["command"] == shlex.join(["python", *command[1:]])
     assert done.returncode == 1
     assert "above --max-ece 0" in done.stderr
 

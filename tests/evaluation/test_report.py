@@ -62,6 +62,13 @@ def test_every_figure_has_its_place(page, study):
         assert f'id="{name}"' in page
 
 
+def test_each_corruption_stands_beside_the_others_bundles(page, study):
+    ratios = study.comparisons[0].relative_errors
+    assert ratios
+    for name, ratio in ratios.items():
+        assert f"<td>{name.replace('_', ' ')}</td><td>{ratio:.1%}</td>" in page
+
+
 def test_mistakes_come_with_their_neighbours(page, study):
     text = html.unescape(outside_scripts(page))
     for mistake in study.first.mistakes:

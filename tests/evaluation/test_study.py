@@ -16,8 +16,9 @@ from evaluation.compare import Difference, check_same_images
 from evaluation.corruptions import CORRUPTIONS, corrupt
 from evaluation.few_shot import SHOTS
 from evaluation.queries import embed_folder
-from evaluation.robustness import relative_error
+from evaluation.robustness import relative_errors
 from evaluation.study import Gate, Study, Wanted, check_wanted, run_study
+from evaluation.unknown import mean_auroc
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +108,25 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
         assert found.refused[name][severity - 1] == pytest.approx(refused, abs=1e-6)
     errors = np.asarray(list(found.errors.values()))
     assert errors.shape == (15, 5)
-    bounds = np.asarray(list(found.error_intervals.values()))
-    assert (bounds[..., 0] <= errors + 1e-6).all() and (errors <= bounds[..., 1] + 1e-6).all()
+    for shares, intervals in ((found.errors, found.error_intervals), (found.refused, found.refused_intervals)):
+        values, bounds = np.asarray(list(shares.values())), np.asarray(list(intervals.values()))
+        assert (bounds[..., 0] <= values + 1e-6).all() and (values <= bounds[..., 1] + 1e-6).all()
+        assert (bounds[..., 0] < bounds[..., 1]).any()
     assert list(found.errors) == list(CORRUPTIONS)
     assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
     assert found.clean_error == pytest.approx(1 - study.first.top1)
 
 
-def test_relative_error_is_the_mean_of_the_ratios_of_sums(study):
+def test_relative_errors_are_ratios_of_sums_and_their_mean(study):
     one, two = study.robustness
-    ratios = [sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])]
-    assert relative_error(one, two) == pytest.approx(np.mean(ratios))
-    assert study.comparisons[0].relative_corruption_error == pytest.approx(np.mean(ratios))
-    assert relative_error(one, one) == pytest.approx(1)
+    ratios = {name: sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])}
+    assert relative_errors(one, two) == pytest.approx(ratios)
+    (comparison,) = study.comparisons
+    assert comparison.relative_errors == pytest.approx(ratios)
+    assert comparison.relative_corruption_error == pytest.approx(np.mean(list(ratios.values())))
+    assert set(relative_errors(one, one).values()) == {1}
+    assert study.to_json()["comparisons"][0]["relative_errors"] == pytest.approx(ratios)
 
 
 def test_more_gallery_images_serve_better(study):
@@ -140,6 +146,17 @@ def test_five_splits_hold_out_two_fifths_of_the_classes(study):
     assert len(splits) == 5
     assert all(len(classes) == 3 for classes in splits)
     assert splits == [split.classes for split in study.evaluations[1].held_out]
+
+
+def test_the_mean_auroc_of_the_splits_is_drawn_with_the_same_images_for_all(study):
+    for result in study.evaluations:
+        aurocs = [split.unknown.auroc for split in result.held_out]
+        assert result.held_out_auroc == pytest.approx(np.mean(aurocs))
+        low, high = result.intervals["held_out_auroc"]
+        assert low < result.held_out_auroc < high
+    first = study.first
+    twice = mean_auroc([first.held_out[0]] * 2, study.queries.labels)
+    assert twice == mean_auroc(first.held_out[:1], study.queries.labels)
 
 
 def test_the_json_says_what_it_was_made_from(study):
