@@ -69,6 +69,14 @@ def test_each_corruption_stands_beside_the_others_bundles(page, study):
         assert f"<td>{name.replace('_', ' ')}</td><td>{ratio:.1%}</td>" in page
 
 
+def test_why_many_classes_have_no_confusion_figure_is_said(tiny_bundle, study, tmp_path):
+    many = replace(study.first, classes=(*study.first.classes, *(f"more {number}" for number in range(60))))
+    write_report(Study.of(tiny_bundle, study.queries, many), tmp_path / "report.html")
+    page = outside_scripts((tmp_path / "report.html").read_text("utf-8"))
+    assert f"{len(many.classes)} classes are too many" in page
+    assert 'id="confusion"' not in page
+
+
 def test_mistakes_come_with_their_neighbours(page, study):
     text = html.unescape(outside_scripts(page))
     for mistake in study.first.mistakes:
