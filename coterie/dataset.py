@@ -27,6 +27,7 @@ __all__ = [
     "read_folder",
     "read_images",
     "read_pixels",
+    "read_unlabelled",
 ]
 
 Progress = Callable[[int], None]
@@ -190,6 +191,22 @@ def read_folder(root: Path, *, group: str | None = None, min_classes: int = 1, m
     check_counts(labels, classes, where=root, min_classes=min_classes, min_images=min_images)
     groups = None if group is None else group_by_pattern(paths, group)
     return LabelledImages(root=root, paths=tuple(paths), labels=labels, classes=classes, groups=groups)
+
+
+def read_unlabelled(data: Path) -> LabelledImages:
+    """Find the images of a folder, at any depth, or of a table whose labels do not matter; all of a class "unlabelled".
+
+    Raises:
+        DataError: `data` cannot be used, or holds no image.
+    """
+    if data.is_dir():
+        paths = tuple(sorted(path.relative_to(data) for path in _image_files(data)))
+        found = LabelledImages(root=data, paths=paths, labels=np.empty(0, dtype=np.int64), classes=())
+    else:
+        found = read_images(data)
+    if not len(found):
+        raise DataError(f"{data} holds no images: give a folder of some, or a .csv or a .parquet file")
+    return replace(found, labels=np.zeros(len(found), dtype=np.int64), classes=("unlabelled",))
 
 
 def read_pixels(

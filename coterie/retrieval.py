@@ -16,7 +16,7 @@ from coterie.ranking import check_unit_vectors
 
 __all__ = ["Retrieval", "retrieve", "silhouettes", "weighted_votes"]
 
-# Similarities held at once by a thread: 32 MB of float32, and as sort keys twice that.
+# Similarities held at once by a thread: 64 MB of float64, and as sort keys as much.
 BLOCK = 1 << 23
 MILLION = 1_000_000
 ROW_BITS = 32
@@ -88,11 +88,11 @@ def retrieve(
     >>> found.recall[1].tolist(), found.recall[2].tolist(), found.r_precision.tolist(), found.map_at_r.tolist()
     ([0.0], [1.0], [0.5], [0.25])
     """
-    queries, gallery = check_unit_vectors(queries), check_unit_vectors(gallery)
-    values = np.full((len(queries), len(ks) + 2), np.nan)
+    q, g = (check_unit_vectors(vectors).astype(np.float64) for vectors in (queries, gallery))
+    values = np.full((len(q), len(ks) + 2), np.nan)
 
     def rank(rows: NDArray[np.int64]) -> int:
-        values[rows] = _ranked(queries[rows], truth[rows[0]], gallery, classes, ks)
+        values[rows] = _ranked(q[rows], truth[rows[0]], g, classes, ks)
         return len(rows)
 
     with ThreadPoolExecutor(processors()) as pool:
@@ -111,9 +111,9 @@ def _blocks(truth: NDArray[np.int64], classes: NDArray[np.int64]) -> Iterator[ND
 
 
 def _ranked(
-    queries: NDArray[np.float32],
+    queries: NDArray[np.float64],
     number: np.int64,
-    gallery: NDArray[np.float32],
+    gallery: NDArray[np.float64],
     classes: NDArray[np.int64],
     ks: Sequence[int],
 ) -> NDArray[np.float64]:
@@ -121,7 +121,7 @@ def _ranked(
     same = classes == number
     relevant = int(same.sum())
     deep = min(max(relevant, *ks), len(classes))
-    millionths = np.rint(queries @ gallery.T * np.float32(MILLION)).astype(np.int64)
+    millionths = np.rint(queries @ gallery.T * MILLION).astype(np.int64)
     # One whole number for similarity and row, so that no two are equal.
     keys = ((2 * MILLION - millionths) << ROW_BITS) | np.arange(len(classes))
     if deep < keys.shape[1]:

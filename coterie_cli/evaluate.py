@@ -38,7 +38,9 @@ def evaluate(
     compare: Annotated[
         list[Path] | None, typer.Option(help="Another bundle on the same images; may be repeated.", show_default=False)
     ] = None,
-    unknown: Annotated[Path | None, typer.Option(help="Images of no known class, in the forms of DATA.")] = None,
+    unknown: Annotated[
+        Path | None, typer.Option(help="Images of no known class: a folder of them, or a table as of DATA.")
+    ] = None,
     hold_out: Annotated[
         str | None,
         typer.Option(help="Classes to meet as unknown: 8,9 or, for five splits, random.", show_default=False),
@@ -79,13 +81,13 @@ def evaluate(
     study = run_study(bundle, data, compare or [], wanted)
     show_rejected(study.first.rejected)
     _show(study)
+    if json_file:
+        write_text(json_file, json.dumps(study.to_json(), indent=1) + "\n")
     if report:
         from evaluation.report import write_report
 
         write_report(study, report)
         console.print(f"Report: [bold]{report}[/]")
-    if json_file:
-        write_text(json_file, json.dumps(study.to_json(), indent=1) + "\n")
     if failures := gate.failures(study):
         raise GateFailed("; ".join(failures))
 
@@ -106,7 +108,7 @@ def _show(study: "Study") -> None:
         row = Text(f"AUROC without {', '.join(split.classes)}")
         table.add_row(row, f"{split.unknown.auroc:.4f}", _range(split.unknown.intervals["auroc"]))
     if len(result.held_out) > 1:
-        table.add_row(f"the same, mean of {len(result.held_out)} splits", f"{result.held_out_auroc:.4f}", "")
+        _add(table, f"the same, mean of {len(result.held_out)} splits", result, "held_out_auroc")
     if study.robustness:
         found = study.robustness[0]
         table.add_row("error, mean of 75 corruptions", f"{found.mean_error:.4f}", _range(found.mean_error_interval))

@@ -10,13 +10,14 @@ from coterie.intervals import bootstrap, bootstrap_means, mcnemar
 from coterie.metrics import auroc, expected_calibration_error
 from evaluation.evaluate import BINS, Evaluation
 from evaluation.queries import Queries
-from evaluation.robustness import Robustness, relative_error
+from evaluation.robustness import Robustness, relative_errors
 from evaluation.unknown import DRAWS, UnknownResult
 
 __all__ = ["Comparison", "Difference", "check_same_images", "compare"]
 
 RATES = ("top1", "accepted_top1", "knn_top1", "cluster_top1", "probe_top1", "recall_at_1")
 MEANS = ("r_precision", "map_at_r", "silhouette")
+CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether chance hardly explains it: p < 0.05 where there is a test, else an interval that leaves out 0."""
+        return self.low > 0 or self.high < 0 if self.p is None else self.p < CHANCE
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class Comparison:
     """The evaluated bundle against another, `other`.
 
     Attributes:
-        relative_corruption_error: of the first, relative to the other; None where it was not measured.
+        relative_errors: of the first, by corruption, relative to the other's; None where corruptions were not measured.
+        relative_corruption_error: their mean.
     """
 
     first: str
     other: str
     differences: tuple[Difference, ...]
     relative_corruption_error: float | None = None
+    relative_errors: dict[str, float] | None = None
 
     def __getitem__(self, measure: str) -> Difference:
         return next(one for one in self.differences if one.measure == measure)
@@ -80,11 +83,12 @@ def compare(
     )
     if first.unknown and other.unknown:
         differences.append(_difference_of_auroc(first.unknown, other.unknown, seed))
-    relative = None
-    if robustness:
-        differences.append(_difference("corruption_error", robustness[0].wrong, robustness[1].wrong, seed))
-        relative = relative_error(*robustness)
-    return Comparison(*names, tuple(differences), relative)
+    if not robustness:
+        return Comparison(*names, tuple(differences))
+    differences.append(_difference("corruption_error", robustness[0].wrong, robustness[1].wrong, seed))
+    ratios = relative_errors(*robustness)
+    mean = float(np.mean(list(ratios.values()))) if ratios else float("nan")
+    return Comparison(*names, tuple(differences), mean, ratios)
 
 
 def _difference(measure: str, first: NDArray[np.float64], other: NDArray[np.float64], seed: int) -> Difference:

@@ -26,7 +26,7 @@ from evaluation.probe import linear_probe
 from evaluation.queries import Queries, check_labels
 from evaluation.results import Answers, ClassResult, Evaluation, Knn, Mistake, Selective
 from evaluation.speed import measure_speed
-from evaluation.unknown import UnknownResult, hold_out, measure_unknown
+from evaluation.unknown import UnknownResult, hold_out, mean_auroc, measure_unknown
 
 __all__ = ["BINS", "KS", "Evaluation", "evaluate"]
 
@@ -72,6 +72,7 @@ def evaluate(
     table = confusion(answers.predicted, labels, classes)
     means = {name: float(np.nanmean(values)) for name, values in answers.measures.items() if np.isfinite(values).any()}
     splits = [hold_out(bundle, snapshot, queries, split, false_reject=false_reject, seed=seed) for split in held_out]
+    of_splits = {"held_out_auroc": mean_auroc(splits, labels, seed)} if splits else {}
     aurc, selective = _selective(answers, seed)
     per_class, of_classes = _per_class(table, classes, answers, labels, seed)
     return Evaluation(
@@ -89,9 +90,13 @@ def evaluate(
         ece=expected_calibration_error(answers.confidence, answers.right, bins=BINS),
         ece_of_vote=expected_calibration_error(answers.vote_confidence, answers.vote_right, bins=BINS),
         aurc=aurc.value,
-        held_out_auroc=float(np.mean([split.unknown.auroc for split in splits])) if splits else float("nan"),
+        held_out_auroc=of_splits["held_out_auroc"].value if splits else float("nan"),
         selective=selective,
-        intervals={**_intervals(answers, seed), **of_classes, "aurc": (aurc.low, aurc.high)},
+        intervals={
+            **_intervals(answers, seed),
+            **of_classes,
+            **{name: (one.low, one.high) for name, one in {"aurc": aurc, **of_splits}.items()},
+        },
         knn=_knn(scores, snapshot, truth, seed),
         per_class=per_class,
         confusion=tuple(tuple(row) for row in table.tolist()),
@@ -265,4 +270,4 @@ def _unknown(
     seed: int,
 ) -> UnknownResult:
     strange = score(unknown.embeddings, snapshot, bundle.manifest.calibration)
-    return measure_unknown(known, right, strange, limit, seed)
+    return measure_unknown(known, right, strange, limit, data=unknown.images.fingerprint, seed=seed)

@@ -22,6 +22,8 @@ RISK = [[0, "rgba(224,138,0,0)"], [1, "rgba(224,90,0,.95)"]]
 # So many points carry a picture each: about 1.5 kB of the file.
 MOST_ON_MAP = 1000
 FEW_FOR_TSNE = 10
+# So near each other, similarities differ by less than a millionth, and scikit-learn's t-SNE dies of equal rows.
+HARDLY_APART = 1e-3
 MOST_CLASSES = 60
 BINS = 40
 
@@ -229,9 +231,11 @@ def _escaped(text: str) -> str:
 
 
 def _plane(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-    """t-SNE (van der Maaten & Hinton, JMLR 9, 2008) of rows (n, d), (n, 2); of a few, the principal components."""
-    if len(embeddings) < FEW_FOR_TSNE:
-        u, s, _ = np.linalg.svd(embeddings - embeddings.mean(axis=0), full_matrices=False)
+    """t-SNE (van der Maaten & Hinton, JMLR 9, 2008) of rows (n, d), (n, 2); the principal components of a few rows, or
+    of rows that hardly differ."""
+    centred = embeddings - embeddings.mean(axis=0)
+    if len(embeddings) < FEW_FOR_TSNE or np.linalg.norm(centred, axis=1).max() < HARDLY_APART:
+        u, s, _ = np.linalg.svd(centred, full_matrices=False)
         plane = np.zeros((len(embeddings), 2))
         plane[:, : len(s)] = (u * s)[:, :2]
         return plane

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
         strict=options.strict,
         device=options.device,
+        threads=options.threads,
     )
     try:
         check_wanted(wanted, gate, options.compare)
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, help="bundle directory")
     parser.add_argument("data", type=Path, help="labelled images: a class-per-folder tree, a CSV or a Parquet file")
     parser.add_argument("--compare", type=Path, action="append", default=[], help="another bundle; may be repeated")
-    parser.add_argument("--unknown", type=Path, help="images of no known class, in the same forms")
+    parser.add_argument("--unknown", type=Path, help="images of no known class: a folder of them, or a table")
     parser.add_argument("--hold-out", help="classes to meet as unknown, as 8,9, or random for five splits")
     parser.add_argument("--false-reject", type=float, default=0.05, help="share of known images that may be refused")
     parser.add_argument("--corruptions", action="store_true", help="15 corruptions at 5 severities")
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-drop", type=float, help="exit with 1 if top-1 is that much below the compared bundle's")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--device", default="auto", help="where the encoder runs: auto, cpu, cuda …")
+    parser.add_argument("--threads", type=int, help="CPU threads of the encoder, by default one for each processor")
     return parser
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
-from coterie.dataset import LabelledPixels, read_images, read_pixels
+from coterie.dataset import LabelledImages, LabelledPixels, read_images, read_pixels
 from coterie.errors import DataError
 from coterie.progress import progress_bar
 
-__all__ = ["Queries", "check_labels", "embed_folder"]
+__all__ = ["Queries", "check_labels", "embed_folder", "embed_images"]
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,29 @@ def check_labels(labels: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
-def embed_folder(bundle: Bundle, data: Path, *, strict: bool = False, known: bool = False) -> Queries:
+def embed_folder(bundle: Bundle, data: Path, *, strict: bool = False) -> Queries:
     """Read and embed labelled images: a class-per-folder tree, a CSV or a Parquet file.
-
-    Args:
-        known: whether they must all be of the bundle's classes, which is looked at before any is decoded.
 
     Raises:
         DataError: they cannot be used.
         DeviceError: the encoder cannot run where it shall.
     """
+    return embed_images(bundle, read_images(data), data.name, strict=strict)
+
+
+def embed_images(bundle: Bundle, found: LabelledImages, name: str, *, strict: bool = False) -> Queries:
+    """Read and embed images that were found; `name` is shown meanwhile.
+
+    Raises:
+        DataError: they cannot be read.
+        DeviceError: the encoder cannot run where it shall.
+    """
     encoder = bundle.encoder  # that it cannot run here is said before anything is decoded
-    found = read_images(data)
-    if known:
-        check_labels(found.classes, bundle.manifest.classes)
-    with progress_bar(f"reading {data.name}", len(found)) as advance:
+    with progress_bar(f"reading {name}", len(found)) as advance:
         images = read_pixels(
             found, bundle.manifest.encoder.preprocessing, thumbnails=True, strict=strict, progress=advance
         )
-    with progress_bar(f"embedding {data.name}", len(images)) as advance:
+    with progress_bar(f"embedding {name}", len(images)) as advance:
         began = time.perf_counter()
         embeddings = encoder.embed(images.pixels, progress=advance)
         return Queries(images, embeddings, time.perf_counter() - began)

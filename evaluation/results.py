@@ -96,7 +96,7 @@ class Evaluation:
             2104.14294), by the most similar cluster alone, and by a linear classifier on the embeddings.
         agreement: share of images to which vote and clusters give one label.
         recall_at_1 … map_at_r: see coterie.retrieval.Retrieval.
-        balanced_accuracy, macro_f1: means over classes of recall and F1.
+        balanced_accuracy, macro_f1: means of recall over classes with queries, and of F1 over these and those answered.
         ece, ece_of_vote: expected calibration error of the fitted probabilities and of the plain vote, before
             calibration; 15 bins, top label.
         aurc: mean risk over all coverages.

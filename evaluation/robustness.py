@@ -19,7 +19,7 @@ from coterie.progress import progress_bar
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from evaluation.queries import Queries
 
-__all__ = ["Robustness", "measure_robustness", "relative_error"]
+__all__ = ["Robustness", "measure_robustness", "relative_errors"]
 
 # Pixels that travel between processes at once: 32 MB.
 CHUNK = 1 << 25
@@ -33,7 +33,7 @@ class Robustness:
 
     Attributes:
         errors: share of wrong labels by the classifier, rejection ignored; `error_intervals` low and high of each.
-        refused: share called unknown at the evaluation's false-reject rate.
+        refused: share called unknown at the evaluation's false-reject rate; `refused_intervals` low and high of each.
         eces: expected calibration error, 15 bins.
         mean_error: over all corruptions and severities, unweighted, as the CIFAR literature has it.
         error_by_severity, ece_by_severity: means over corruptions.
@@ -51,6 +51,7 @@ class Robustness:
     errors: dict[str, tuple[float, ...]]
     error_intervals: dict[str, tuple[tuple[float, float], ...]]
     refused: dict[str, tuple[float, ...]]
+    refused_intervals: dict[str, tuple[tuple[float, float], ...]]
     eces: dict[str, tuple[float, ...]]
     wrong: NDArray[np.float64] = field(repr=False)
 
@@ -72,15 +73,14 @@ def measure_robustness(
     return [found[i] for i in range(len(bundles))]
 
 
-def relative_error(robustness: Robustness, baseline: Robustness) -> float:
-    """Mean corruption error relative to a baseline's (arXiv 1903.12261, section 4.1), 1 being as bad.
+def relative_errors(robustness: Robustness, baseline: Robustness) -> dict[str, float]:
+    """Corruption errors relative to a baseline's (arXiv 1903.12261, section 4.1), 1 being as bad; their mean is mCE.
 
-    For each corruption the sum of the errors over severities divided by the baseline's, then the mean over corruptions;
-    corruptions under which the baseline makes no mistake are left out.
+    Of each corruption the sum of the errors over severities divided by the baseline's; corruptions under which the
+    baseline makes no mistake are left out.
     """
-    found = ((sum(errors), sum(baseline.errors[name])) for name, errors in robustness.errors.items())
-    ratios = [own / other for own, other in found if other > 0]
-    return float(np.mean(ratios)) if ratios else float("nan")
+    found = ((name, sum(errors), sum(baseline.errors[name])) for name, errors in robustness.errors.items())
+    return {name: own / other for name, own, other in found if other > 0}
 
 
 def _measure(
@@ -148,8 +148,6 @@ def _summary(
     clean = score(queries.embeddings, bundle.base, bundle.manifest.calibration)
     labels = np.asarray(bundle.base.clusters.labels, dtype=np.str_)[clean.best]
     wrong = 1 - right.mean(axis=0)
-    each = [(one.low, one.high) for one in bootstrap_means(~right.T, seed=seed)]
-    of_severities = range(0, len(each), len(SEVERITIES))
     mean = bootstrap_means(wrong[:, None], seed=seed)[0]
     return Robustness(
         images=len(queries),
@@ -161,10 +159,9 @@ def _summary(
         error_by_severity=tuple(errors.mean(axis=0).tolist()),
         ece_by_severity=tuple(eces.mean(axis=0).tolist()),
         errors=_by_name(errors),
-        error_intervals=dict(
-            zip(CORRUPTIONS, (tuple(each[at : at + len(SEVERITIES)]) for at in of_severities), strict=True)
-        ),
+        error_intervals=_intervals(~right, seed),
         refused=_by_name(refused.mean(axis=1).reshape(shape)),
+        refused_intervals=_intervals(refused, seed),
         eces=_by_name(eces),
         wrong=wrong,
     )
@@ -172,3 +169,10 @@ def _summary(
 
 def _by_name(values: NDArray[np.float64]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(row) for name, row in zip(CORRUPTIONS, values.tolist(), strict=True)}
+
+
+def _intervals(values: NDArray[np.bool_], seed: int) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Of the mean of each condition's `values` (conditions, n)."""
+    each = [(one.low, one.high) for one in bootstrap_means(values.T, seed=seed)]
+    steps = range(0, len(each), len(SEVERITIES))
+    return dict(zip(CORRUPTIONS, (tuple(each[at : at + len(SEVERITIES)]) for at in steps), strict=True))

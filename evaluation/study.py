@@ -4,13 +4,14 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coterie.bundle import Bundle
+from coterie.dataset import read_images, read_unlabelled
 from coterie.errors import CoterieError
 from coterie.machine import processors, versions
 from coterie.progress import progress_bar
@@ -18,9 +19,9 @@ from evaluation.compare import Comparison, check_same_images, compare
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.few_shot import DRAWS, SHOTS, FewShot, few_shot
 from evaluation.plain import plain
-from evaluation.queries import Queries, embed_folder
+from evaluation.queries import Queries, check_labels, embed_images
 from evaluation.robustness import Robustness, measure_robustness
-from evaluation.unknown import RANDOM, random_splits
+from evaluation.unknown import RANDOM, check_split, random_splits
 
 __all__ = ["Gate", "Provenance", "Study", "Wanted", "check_wanted", "run_study"]
 
@@ -32,7 +33,7 @@ class Wanted:
     """What to measure beyond the base.
 
     Attributes:
-        unknown: images of no known class.
+        unknown: images of no known class: a folder of them, however arranged, or a table.
         hold_out: classes to meet as unknown, separated by commas, or "random" for five splits.
         corruptions, few_shot: whether to measure these, which take longer than all the rest.
         seed: of every draw.
@@ -114,7 +115,6 @@ class Study:
             "compared": [
                 {
                     **self.evaluations[i].to_json(),
-                    "name": self.names[i],
                     "robustness": plain(self.robustness[i]) if self.robustness else None,
                     "few_shot": plain(self.few_shot[i]) if self.few_shot else None,
                 }
@@ -135,21 +135,24 @@ def run_study(bundle: Path, data: Path, others: Sequence[Path] = (), wanted: Wan
     opened = [Bundle.open(path, device=wanted.device, threads=wanted.threads) for path in (bundle, *others)]
     for one in opened:
         one.manifest.calibration.limit(wanted.false_reject)  # before anything is decoded
-    found = [embed_folder(one, data, strict=wanted.strict, known=True) for one in opened]
+    images = read_images(data)
+    for one in opened:
+        check_labels(images.classes, one.manifest.classes)
+    splits = _splits(opened, images.classes, wanted)
+    unlabelled = read_unlabelled(wanted.unknown) if wanted.unknown else None
+    found = [embed_images(one, images, data.name, strict=wanted.strict) for one in opened]
     for queries in found[1:]:
         check_same_images(found[0], queries)
-    splits = _splits(opened[0], wanted)
+    names = _names((bundle, *others), opened)
     evaluations = []
-    for one, queries in zip(opened, found, strict=True):
-        strange = embed_folder(one, wanted.unknown, strict=wanted.strict) if wanted.unknown else None
-        evaluations.append(
-            evaluate(one, queries, strange, false_reject=wanted.false_reject, held_out=splits, seed=wanted.seed)
-        )
+    for name, one, queries in zip(names, opened, found, strict=True):
+        strange = embed_images(one, unlabelled, "the unknown", strict=wanted.strict) if unlabelled else None
+        result = evaluate(one, queries, strange, false_reject=wanted.false_reject, held_out=splits, seed=wanted.seed)
+        evaluations.append(replace(result, name=name))
     pairs = list(zip(opened, found, strict=True))
     robustness = []
     if wanted.corruptions:
         robustness = measure_robustness(pairs, false_reject=wanted.false_reject, seed=wanted.seed)
-    names = _names((bundle, *others), opened)
     comparisons = [
         compare(
             (names[0], names[i]),
@@ -172,12 +175,18 @@ def run_study(bundle: Path, data: Path, others: Sequence[Path] = (), wanted: Wan
     )
 
 
-def _splits(bundle: Bundle, wanted: Wanted) -> tuple[tuple[str, ...], ...]:
+def _splits(bundles: Sequence[Bundle], asked: Sequence[str], wanted: Wanted) -> tuple[tuple[str, ...], ...]:
+    """The classes to hold out, which every gallery has; `asked` are those of the queries."""
     if wanted.hold_out is None:
         return ()
     if wanted.hold_out == RANDOM:
-        return random_splits(bundle.manifest.classes, wanted.seed)
-    return (tuple(label for part in wanted.hold_out.split(",") if (label := part.strip())),)
+        splits = random_splits(asked, wanted.seed)
+    else:
+        splits = (tuple(label for part in wanted.hold_out.split(",") if (label := part.strip())),)
+    for bundle in bundles:
+        for split in splits:
+            check_split(split, bundle.manifest.classes, asked)
+    return splits
 
 
 def _few_shot(bundle: Bundle, queries: Queries, seed: int) -> tuple[FewShot, ...]:
@@ -199,7 +208,9 @@ def _names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> tuple[str, ...]:
 
 def _provenance() -> Provenance:
     found = {name: version for name, version in versions(*PACKAGES).items() if version != "source" or name == "coterie"}
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    command = shlex.join([*program, *sys.argv[1:]])
     machine = f"{platform.system()} {platform.machine()}, {processors()} processors, Python {platform.python_version()}"
     return Provenance(command, found, machine)
 
@@ -212,7 +223,7 @@ def check_wanted(wanted: Wanted, gate: Gate, others: Sequence[Path]) -> None:
     """
     if gate.max_drop is not None and not others:
         raise CoterieError("--max-drop compares with another bundle: name it with --compare")
-    for option, value in (("--max-ece", gate.max_ece), ("--max-drop", gate.max_drop)):
+    for option, value in (("--min-top1", gate.min_top1), ("--max-ece", gate.max_ece), ("--max-drop", gate.max_drop)):
         if value is not None and not 0 <= value <= 1:
             raise CoterieError(f"{option} is {value:g}: give a share from 0 to 1")
     if wanted.seed < 0:

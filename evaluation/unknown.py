@@ -1,6 +1,6 @@
 """How well images of no known class are told from the others: a folder of such, or classes left out of the gallery."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,17 @@ from coterie.metrics import auroc, average_precision, known_rejected_at_95, oscr
 from coterie.reference import LabelledVectors
 from evaluation.queries import Queries
 
-__all__ = ["DRAWS", "RANDOM", "HeldOut", "UnknownResult", "hold_out", "measure_unknown", "random_splits"]
+__all__ = [
+    "DRAWS",
+    "RANDOM",
+    "HeldOut",
+    "UnknownResult",
+    "check_split",
+    "hold_out",
+    "mean_auroc",
+    "measure_unknown",
+    "random_splits",
+]
 
 RANDOM = "random"
 SPLITS, UNKNOWN_SHARE = 5, 0.4  # of ten classes four, as the splits that open-set papers share (arXiv 2110.06207)
@@ -28,6 +38,7 @@ class UnknownResult:
     """Of known against unknown images, by deviation; see coterie.metrics.
 
     Attributes:
+        data: fingerprint of the unknown images; None where they are queries.
         images: how many unknown images.
         accepted: share of the unknown that was given a label.
         aupr: with the known as positives; `aupr_unknown` with the unknown.
@@ -39,6 +50,7 @@ class UnknownResult:
         known_scores, unknown_scores: what was compared, higher for images that look known; (m,) and (n,).
     """
 
+    data: str | None
     images: int
     accepted: float
     auroc: float
@@ -68,7 +80,9 @@ class HeldOut:
     unknown: UnknownResult
 
 
-def measure_unknown(known: Scores, right: NDArray[np.bool_], strange: Scores, limit: float, seed: int) -> UnknownResult:
+def measure_unknown(
+    known: Scores, right: NDArray[np.bool_], strange: Scores, limit: float, *, data: str | None = None, seed: int = 0
+) -> UnknownResult:
     """Measure from the scores of known images, whether their labels are right (n,), and those of unknown ones."""
     near, far = -known.deviations, -strange.deviations
     accepted = strange.accepted(limit)
@@ -82,6 +96,7 @@ def measure_unknown(known: Scores, right: NDArray[np.bool_], strange: Scores, li
         "known_rejected_at_95": bootstrap(known_rejected_at_95, (near,), (far,), draws=DRAWS, seed=seed),
     }
     return UnknownResult(
+        data=data,
         images=len(far),
         **{name: found.value for name, found in measures.items()},
         intervals={name: (found.low, found.high) for name, found in measures.items()},
@@ -91,17 +106,35 @@ def measure_unknown(known: Scores, right: NDArray[np.bool_], strange: Scores, li
     )
 
 
-def random_splits(classes: Sequence[str], seed: int) -> tuple[tuple[str, ...], ...]:
-    """Five draws of two fifths of the classes, at least one and not all.
+def random_splits(asked: Sequence[str], seed: int) -> tuple[tuple[str, ...], ...]:
+    """Five draws of two fifths of the classes that have queries, `asked`: at least one and not all.
 
     Raises:
-        DataError: there are fewer than two classes.
+        DataError: there are fewer than two.
     """
-    if len(classes) < 2:
-        raise DataError(f"--hold-out needs two classes or more, the gallery has {len(classes)}")
-    count = min(max(1, round(UNKNOWN_SHARE * len(classes))), len(classes) - 1)
+    if len(asked) < 2:
+        raise DataError(
+            f"--hold-out random draws among the classes of the images and leaves some: of {len(asked)} it cannot, add "
+            "images of another"
+        )
+    count = min(max(1, round(UNKNOWN_SHARE * len(asked))), len(asked) - 1)
     rng = np.random.default_rng(seed)
-    return tuple(tuple(sorted(rng.choice(classes, count, replace=False).tolist())) for _ in range(SPLITS))
+    return tuple(tuple(sorted(rng.choice(asked, count, replace=False).tolist())) for _ in range(SPLITS))
+
+
+def check_split(split: Sequence[str], gallery: Sequence[str], asked: Iterable[str]) -> None:
+    """Refuse to take classes from a gallery that lacks them, or that would leave nothing to ask of the classes `asked`.
+
+    Raises:
+        DataError: says which.
+    """
+    strange = sorted(set(split) - set(gallery))
+    if strange:
+        raise DataError(f"--hold-out: the gallery has no class {', '.join(map(repr, strange))}")
+    if len(set(split)) >= len(gallery):
+        raise DataError("--hold-out leaves no class in the gallery")
+    if not set(split) & set(asked) or not set(asked) - set(split):
+        raise DataError(f"--hold-out {','.join(split)}: images are needed of these classes and of others")
 
 
 def hold_out(
@@ -115,20 +148,29 @@ def hold_out(
     Raises:
         DataError: the gallery lacks one of the classes, or nothing would be left to ask.
     """
-    strange = sorted(set(classes) - set(snapshot.clusters.labels))
-    if strange:
-        raise DataError(f"--hold-out: the gallery has no class {', '.join(map(repr, strange))}")
+    check_split(classes, snapshot.clusters.labels, queries.labels.tolist())
     rest = LabelledVectors(snapshot.items.embeddings, snapshot.classes, snapshot.clusters)
-    if len(set(classes)) >= len(snapshot.clusters):
-        raise DataError("--hold-out leaves no class in the gallery")
     for label in sorted(set(classes)):
         rest = rest.without(rest.clusters.labels.index(label))
     out = np.isin(queries.labels, list(classes))
-    if out.all() or not out.any():
-        raise DataError(f"--hold-out {','.join(classes)}: images are needed of these classes and of others")
     calibration = bundle.manifest.calibration
     known, unknown = (score(queries.embeddings[rows], rest, calibration) for rows in (~out, out))
     right = np.asarray(rest.clusters.labels, dtype=np.str_)[known.best] == queries.labels[~out]
-    found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed)
+    found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed=seed)
     top1 = bootstrap_means(right[:, None], seed=seed)[0]
     return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, (top1.low, top1.high), found)
+
+
+def mean_auroc(splits: Sequence[HeldOut], labels: NDArray[np.str_], seed: int = 0) -> Interval:
+    """Mean AUROC over splits of the same queries, whose labels are (n,): each draw takes the same images for all."""
+    out = np.stack([np.isin(labels, split.classes) for split in splits], axis=1)  # (n, splits)
+    scores = np.empty(out.shape)
+    for column, split in enumerate(splits):
+        scores[~out[:, column], column] = split.unknown.known_scores
+        scores[out[:, column], column] = split.unknown.unknown_scores
+
+    def mean(out: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        found = [auroc(own[~left], own[left]) for left, own in zip(out.T, scores.T, strict=True)]
+        return float(np.mean(found))
+
+    return bootstrap(mean, (out, scores), draws=DRAWS, seed=seed)

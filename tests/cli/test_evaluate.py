@@ -33,6 +33,15 @@ def test_report_and_json_are_written_though_a_gate_fails(coterie, tiny_bundle, d
     assert report.stat().st_size > 1_000_000
 
 
+def test_the_numbers_are_kept_though_the_report_fails(coterie, tiny_bundle, data, tmp_path):
+    numbers, nowhere = tmp_path / "numbers.json", tmp_path / "file" / "report.html"
+    (tmp_path / "file").touch()
+    code, _, err = coterie("evaluate", tiny_bundle.path, data, "--report", nowhere, "--json", numbers)
+    assert code == 2
+    assert str(tmp_path / "file") in one_line(err)
+    assert json.loads(numbers.read_text())["bundle"] == tiny_bundle.manifest.id
+
+
 def test_all_gates_that_fail_are_named_at_once(coterie, tiny_bundle, digit_tree_of, data, tmp_path):
     mixed = shutil.copytree(data, tmp_path / "mixed")
     (mixed / "0").rename(tmp_path / "zeros")

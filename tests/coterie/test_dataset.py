@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from coterie.dataset import read_folder, read_images, read_pixels
+from coterie.dataset import read_folder, read_images, read_pixels, read_unlabelled
 from coterie.errors import DataError
 from coterie.images import Limits, Preprocessing, decode
 from coterie.labels import check_label
@@ -154,6 +154,23 @@ def test_too_few_images_are_named_before_the_group_that_they_lack(tree: Path) ->
 
 
 # Pixels
+
+
+def test_images_without_labels_may_lie_anywhere_in_a_folder_or_a_table(tree: Path) -> None:
+    labelled = read_images(tree)
+    shutil.copy(tree / labelled.paths[0], tree / "loose.png")
+    found = read_unlabelled(tree)
+    assert set(found.paths) == {*labelled.paths, Path("loose.png")}
+    assert (found.classes, set(found.labels)) == (("unlabelled",), {0})
+    rows = [f"{path.as_posix()},{number}" for number, path in enumerate(labelled.paths)]
+    (tree / "table.csv").write_text("\n".join(["path,label", *rows]))
+    of_table = read_unlabelled(tree / "table.csv")
+    assert (of_table.paths, of_table.classes) == (labelled.paths, ("unlabelled",))
+
+
+def test_a_folder_without_any_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no images"):
+        read_unlabelled(tmp_path)
 
 
 def test_images_are_read_in_order_with_their_hashes_and_thumbnails(tree: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import silhouette_samples
 from torchmetrics.functional.retrieval import retrieval_r_precision
 
+from coterie.index import ExactIndex
 from coterie.retrieval import retrieve, silhouettes, weighted_votes
 
 
@@ -55,6 +56,17 @@ def test_retrieval_is_what_the_definitions_say(seed: int) -> None:
             continue
         recall, r_precision, map_at_r = slow(query, label, gallery, classes, (1, 5, 10, 1000))
         np.testing.assert_allclose(ours, [*recall, r_precision, map_at_r], atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.003])
+def test_the_nearest_is_the_indexs_of_collapsed_embeddings_too(spread: float) -> None:
+    rng = np.random.default_rng(5)
+    x = unit(rng.normal(size=128) + spread * rng.normal(size=(2500, 128)))
+    labels = rng.integers(10, size=len(x))
+    gallery, classes, queries, truth = x[:2000], labels[:2000], x[2000:], labels[2000:]
+    _, rows = ExactIndex(gallery).search(queries, 1)
+    found = retrieve(queries, truth, gallery, classes)
+    np.testing.assert_array_equal(found.recall[1], classes[rows[:, 0]] == truth)
 
 
 # In a process of its own, for it replaces methods of FAISS.

@@ -1,9 +1,11 @@
 """Offline evaluation of a real bundle: the numbers are those of the served answers, and of scikit-learn on them."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     confusion_matrix,
+    f1_score,
     precision_recall_fscore_support,
     silhouette_score,
     top_k_accuracy_score,
@@ -61,6 +64,17 @@ def test_classes_are_measured_as_scikit_learn_does(queries, result):
     assert result.macro_f1 == pytest.approx(np.nanmean(rates[2]))
 
 
+def test_macro_f1_counts_classes_that_were_only_answered(tiny_bundle, queries):
+    known = queries[0].select(np.isin(queries[0].labels, ["1", "2", "5"]))
+    of_five = known.images.labels == known.images.classes.index("5")
+    wrong = np.where(of_five, known.images.classes.index("1"), known.images.labels)
+    known = replace(known, images=replace(known.images, labels=wrong))
+    found = evaluate(tiny_bundle, known)
+    predicted = found.answers.predicted
+    assert set(predicted) - set(known.labels)
+    assert found.macro_f1 == pytest.approx(f1_score(known.labels, predicted, average="macro"))
+
+
 def test_top5_is_scikit_learns(tiny_bundle, queries, result):
     scores = score(queries[0].embeddings, tiny_bundle.base, tiny_bundle.manifest.calibration)
     labels = tiny_bundle.manifest.classes
@@ -82,6 +96,59 @@ def test_the_vote_is_dinos_over_the_whole_range_of_k(tiny_bundle, queries, resul
         assert found.top5 == pytest.approx((order[:, : min(5, found.k)] == truth[:, None]).any(axis=1).mean(), abs=1e-6)
     assert [found.k for found in result.knn] == [1, 5, 10, 20, 50, 100, 200]
     assert result.knn_top1 == next(found.top1 for found in result.knn if found.k == 20)
+
+
+@pytest.fixture(scope="module")
+def mislabelled(queries):
+    """Every third image under the label of the next class, so that there is something to get wrong."""
+    images = queries[0].images
+    labels = np.where(np.arange(len(images)) % 3 == 0, (images.labels + 1) % len(images.classes), images.labels)
+    return replace(queries[0], images=replace(images, labels=labels))
+
+
+def calibration_error(confidences, right):
+    """Bin by bin, as the definition has it."""
+    error = 0.0
+    for number in range(15):
+        own = (confidences > number / 15) & (confidences <= (number + 1) / 15)
+        if own.any():
+            error += own.mean() * abs(right[own].mean() - confidences[own].mean())
+    return error
+
+
+def test_vote_clusters_and_calibration_are_what_their_definitions_say(tiny_bundle, mislabelled):
+    found, gallery = evaluate(tiny_bundle, mislabelled), tiny_bundle.base
+    embeddings = mislabelled.embeddings.astype(np.float64)
+    names, truth = np.asarray(gallery.clusters.labels), mislabelled.labels
+    clusters = gallery.clusters
+    nearest_cluster = names[clusters.owners[(embeddings @ clusters.prototypes.T).argmax(axis=1)]]
+    similarities = embeddings @ gallery.items.embeddings.T
+    votes = np.zeros((len(truth), len(names)))
+    for row, nearest in enumerate(np.argsort(-similarities, axis=1, kind="stable")[:, :20]):
+        np.add.at(votes[row], gallery.classes[nearest], np.exp(similarities[row, nearest] / 0.07))
+    by_vote = names[votes.argmax(axis=1)]
+    scores = score(mislabelled.embeddings, gallery, tiny_bundle.manifest.calibration)
+    assert 0.5 < found.top1 < 0.8
+    assert found.cluster_top1 == pytest.approx((nearest_cluster == truth).mean())
+    assert found.agreement == pytest.approx((nearest_cluster == by_vote).mean())
+    confidences = scores.probabilities.max(axis=1)
+    assert found.ece == pytest.approx(calibration_error(confidences, names[scores.best] == truth), abs=1e-6)
+    of_vote = votes.max(axis=1) / votes.sum(axis=1)
+    assert found.ece_of_vote == pytest.approx(calibration_error(of_vote, by_vote == truth), abs=1e-4)
+
+
+def test_retrieval_is_what_its_definitions_say(tiny_bundle, mislabelled):
+    found, gallery = evaluate(tiny_bundle, mislabelled), tiny_bundle.base
+    similarities = np.round(mislabelled.embeddings.astype(np.float64) @ gallery.items.embeddings.T, 6)
+    order = np.argsort(-similarities, axis=1, kind="stable")
+    hits = gallery.items.labels[order] == mislabelled.labels[:, None]
+    for k in (1, 5, 10):
+        assert getattr(found, f"recall_at_{k}") == pytest.approx(hits[:, :k].any(axis=1).mean())
+    ranks, relevant = np.arange(1, hits.shape[1] + 1), hits.sum(axis=1, keepdims=True)
+    first = hits & (ranks <= relevant)
+    precisions = np.cumsum(hits, axis=1) / ranks
+    assert found.r_precision == pytest.approx((first.sum(axis=1) / relevant[:, 0]).mean())
+    assert found.map_at_r == pytest.approx(((precisions * first).sum(axis=1) / relevant[:, 0]).mean())
 
 
 def test_the_probe_and_the_silhouette_are_scikit_learns(tiny_bundle, queries, result):
@@ -165,12 +232,13 @@ def test_images_that_the_gallery_holds_are_found(tiny_bundle, digit_tree_of, tmp
     assert all(leak.truth == leak.label for leak in found.shown)
 
 
-def test_the_same_picture_in_another_file_is_found(tiny_bundle, tmp_path, digit_tree_of):
+@pytest.mark.parametrize("suffix", [".bmp", ".jpg"])
+def test_the_same_picture_in_another_file_is_found(tiny_bundle, tmp_path, digit_tree_of, suffix):
     from PIL import Image
 
     tree = digit_tree_of(tmp_path / "again", classes=(0, 1), per_class=4)
     for path in tree.rglob("*.png"):
-        Image.open(path).save(path.with_suffix(".bmp"))
+        Image.open(path).save(path.with_suffix(suffix), quality=90)
         path.unlink()
     found = evaluate(tiny_bundle, embed_folder(tiny_bundle, tree)).leaks
     assert (found.same_bytes, found.near) == (0, 8)
@@ -182,11 +250,13 @@ def test_other_images_are_no_leak(result):
 
 def test_the_script_prints_the_same_numbers(tiny_bundle, digit_tree_of, tmp_path, result):
     known = digit_tree_of(tmp_path / "known", classes=range(8), per_class=12, skip=100)
-    command = [sys.executable, "-m", "evaluation.knn", str(tiny_bundle.path), str(known), "--max-ece", "0"]
+    more = ("--hold-out", "1,5", "--max-ece", "0", "--threads", "1")
+    command = [sys.executable, "-m", "evaluation.knn", str(tiny_bundle.path), str(known), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     printed, expected = json.loads(done.stdout), result.to_json()
     for name in ("top1", "knn_top1", "map_at_r", "intervals", "per_class", "data", "bundle", "knn", "reliability"):
         assert printed[name] == expected[name]
+    assert printed["provenance"]["command"] == shlex.join(["python", *command[1:]])
     assert done.returncode == 1
     assert "above --max-ece 0" in done.stderr
 

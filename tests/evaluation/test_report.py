@@ -62,6 +62,21 @@ def test_every_figure_has_its_place(page, study):
         assert f'id="{name}"' in page
 
 
+def test_each_corruption_stands_beside_the_others_bundles(page, study):
+    ratios = study.comparisons[0].relative_errors
+    assert ratios
+    for name, ratio in ratios.items():
+        assert f"<td>{name.replace('_', ' ')}</td><td>{ratio:.1%}</td>" in page
+
+
+def test_why_many_classes_have_no_confusion_figure_is_said(tiny_bundle, study, tmp_path):
+    many = replace(study.first, classes=(*study.first.classes, *(f"more {number}" for number in range(60))))
+    write_report(Study.of(tiny_bundle, study.queries, many), tmp_path / "report.html")
+    page = outside_scripts((tmp_path / "report.html").read_text("utf-8"))
+    assert f"{len(many.classes)} classes are too many" in page
+    assert 'id="confusion"' not in page
+
+
 def test_mistakes_come_with_their_neighbours(page, study):
     text = html.unescape(outside_scripts(page))
     for mistake in study.first.mistakes:
@@ -102,6 +117,16 @@ def test_a_handful_of_images_without_extras_has_a_report(tiny_bundle, digit_tree
     assert "corruptions" not in figures(study)
     assert np.isnan(study.first.silhouette)
     assert "NaN" not in (tmp_path / "report.html").read_text("utf-8").rpartition("<script>")[2]
+
+
+def test_embeddings_that_are_all_equal_have_a_map(tiny_bundle, study, tmp_path):
+    """As of an encoder that collapsed."""
+    queries = study.queries
+    equal = Queries(queries.images, np.repeat(queries.embeddings[:1], len(queries), axis=0), queries.seconds)
+    collapsed = Study.of(tiny_bundle, equal, study.first)
+    write_report(collapsed, tmp_path / "report.html")
+    for trace in figures(collapsed)["map"].to_plotly_json()["data"]:
+        np.testing.assert_allclose([trace["x"], trace["y"]], 0, atol=1e-4)
 
 
 def test_bundles_are_compared_on_one_class_too(tiny_bundle, digit_tree_of, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from coterie.bundle import Bundle, write_bundle
 from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import Snapshot
-from evaluation.compare import check_same_images
+from coterie.intervals import bootstrap_means, mcnemar
+from evaluation.compare import Difference, check_same_images
 from evaluation.corruptions import CORRUPTIONS, corrupt
 from evaluation.few_shot import SHOTS
 from evaluation.queries import embed_folder
-from evaluation.robustness import relative_error
+from evaluation.robustness import relative_errors
 from evaluation.study import Gate, Study, Wanted, check_wanted, run_study
+from evaluation.unknown import mean_auroc
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +69,26 @@ def test_a_bundle_does_not_differ_from_itself(tiny_bundle, data, tmp_path):
     twin = shutil.copytree(tiny_bundle.path, tmp_path / "twin")
     found = run_study(tiny_bundle.path, data, [twin], Wanted(device="cpu"))
     assert found.names == ("bundle", "twin")
-    assert found.to_json()["compared"][0]["name"] == "twin"
+    values = found.to_json()
+    assert [values["name"], values["compared"][0]["name"]] == ["bundle", "twin"]
+    assert values["comparisons"][0]["first"] == values["name"]
     for one in found.comparisons[0].differences:
         assert (one.difference, one.low, one.high) == (0, 0, 0) or one.measure == "ece"
         assert one.p in (None, 1)
     assert not any(one.clear for one in found.comparisons[0].differences)
     assert Gate(max_drop=0).failures(found) == []
+
+
+@pytest.mark.parametrize(("more", "clear"), [(4, False), (6, True)])
+def test_a_difference_that_chance_explains_is_not_clear(more, clear):
+    """Four images that only one gets right: the interval leaves out 0, but p is 1/8."""
+    other = np.arange(400) >= 50
+    first = other | (np.arange(400) < more)
+    less = bootstrap_means((first * 1.0 - other)[:, None])[0]
+    assert less.low > 0
+    found = Difference("top1", first.mean(), other.mean(), less.value, less.low, less.high, mcnemar(first, other))
+    assert found.p == pytest.approx(2 * 0.5**more)
+    assert found.clear == clear
 
 
 def test_other_images_are_not_compared(tiny_bundle, data, digit_tree_of, tmp_path):
@@ -91,20 +108,25 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
         assert found.refused[name][severity - 1] == pytest.approx(refused, abs=1e-6)
     errors = np.asarray(list(found.errors.values()))
     assert errors.shape == (15, 5)
-    bounds = np.asarray(list(found.error_intervals.values()))
-    assert (bounds[..., 0] <= errors + 1e-6).all() and (errors <= bounds[..., 1] + 1e-6).all()
+    for shares, intervals in ((found.errors, found.error_intervals), (found.refused, found.refused_intervals)):
+        values, bounds = np.asarray(list(shares.values())), np.asarray(list(intervals.values()))
+        assert (bounds[..., 0] <= values + 1e-6).all() and (values <= bounds[..., 1] + 1e-6).all()
+        assert (bounds[..., 0] < bounds[..., 1]).any()
     assert list(found.errors) == list(CORRUPTIONS)
     assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
     assert found.clean_error == pytest.approx(1 - study.first.top1)
 
 
-def test_relative_error_is_the_mean_of_the_ratios_of_sums(study):
+def test_relative_errors_are_ratios_of_sums_and_their_mean(study):
     one, two = study.robustness
-    ratios = [sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])]
-    assert relative_error(one, two) == pytest.approx(np.mean(ratios))
-    assert study.comparisons[0].relative_corruption_error == pytest.approx(np.mean(ratios))
-    assert relative_error(one, one) == pytest.approx(1)
+    ratios = {name: sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])}
+    assert relative_errors(one, two) == pytest.approx(ratios)
+    (comparison,) = study.comparisons
+    assert comparison.relative_errors == pytest.approx(ratios)
+    assert comparison.relative_corruption_error == pytest.approx(np.mean(list(ratios.values())))
+    assert set(relative_errors(one, one).values()) == {1}
+    assert study.to_json()["comparisons"][0]["relative_errors"] == pytest.approx(ratios)
 
 
 def test_more_gallery_images_serve_better(study):
@@ -124,6 +146,17 @@ def test_five_splits_hold_out_two_fifths_of_the_classes(study):
     assert len(splits) == 5
     assert all(len(classes) == 3 for classes in splits)
     assert splits == [split.classes for split in study.evaluations[1].held_out]
+
+
+def test_the_mean_auroc_of_the_splits_is_drawn_with_the_same_images_for_all(study):
+    for result in study.evaluations:
+        aurocs = [split.unknown.auroc for split in result.held_out]
+        assert result.held_out_auroc == pytest.approx(np.mean(aurocs))
+        low, high = result.intervals["held_out_auroc"]
+        assert low < result.held_out_auroc < high
+    first = study.first
+    twice = mean_auroc([first.held_out[0]] * 2, study.queries.labels)
+    assert twice == mean_auroc(first.held_out[:1], study.queries.labels)
 
 
 def test_the_json_says_what_it_was_made_from(study):
@@ -168,12 +201,55 @@ def test_gates_that_hold_give_none(study):
     [
         (Wanted(), Gate(max_drop=0.1), "--compare"),
         (Wanted(), Gate(max_ece=5), "--max-ece is 5"),
+        (Wanted(), Gate(min_top1=1.01), "--min-top1 is 1.01"),
+        (Wanted(), Gate(min_top1=float("nan")), "--min-top1 is nan"),
         (Wanted(seed=-1), Gate(), "--seed is -1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_any_work(wanted, gate, message):
     with pytest.raises(CoterieError, match=message):
         check_wanted(wanted, gate, ())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(hold_out="1,nine"), "the gallery has no class 'nine'"),
+        (Wanted(hold_out="0,1,2,3,4,5,6,7"), "leaves no class"),
+        (Wanted(hold_out="5"), "images are needed of these classes and of others"),
+        (Wanted(hold_out="3"), "images are needed of these classes and of others"),
+        (Wanted(hold_out="random"), "add images of another"),
+        (Wanted(unknown=Path("nowhere")), "nowhere is not a folder"),
+    ],
+)
+def test_what_the_images_cannot_answer_is_refused_before_any_is_embedded(
+    tiny_bundle, digit_tree_of, tmp_path, monkeypatch, wanted, message
+):
+    monkeypatch.setattr("evaluation.queries.read_pixels", None)
+    threes = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=3, skip=100)
+    with pytest.raises(DataError, match=message):
+        run_study(tiny_bundle.path, threes, (), wanted)
+
+
+def test_random_splits_are_of_classes_that_have_images(tiny_bundle, digit_tree_of, tmp_path):
+    data = digit_tree_of(tmp_path / "two", classes=(3, 6), per_class=4, skip=100)
+    found = run_study(tiny_bundle.path, data, (), Wanted(hold_out="random", device="cpu")).first
+    assert {split.classes for split in found.held_out} == {("3",), ("6",)}
+
+
+def test_unknown_images_need_no_class_folders(tiny_bundle, data, digit_tree_of, tmp_path):
+    tree = digit_tree_of(tmp_path / "tree", classes=(8, 9), per_class=4)
+    (tmp_path / "flat").mkdir()
+    for path in tree.rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat" / path.name)
+    results = [
+        run_study(tiny_bundle.path, data, (), Wanted(unknown=folder, device="cpu")).to_json()["unknown"]
+        for folder in (tree, tmp_path / "flat")
+    ]
+    assert results[0]["images"] == 8
+    assert results[0]["data"].startswith("sha256:")
+    assert results[0]["data"] == results[1]["data"]
+    assert results[0]["accepted"] == results[1]["accepted"]
 
 
 def test_a_single_evaluation_is_a_study(tiny_bundle, study):
