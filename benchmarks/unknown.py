@@ -9,8 +9,8 @@ project's own commands. On TEST's images are measured: AUROC and both FPR95 besi
 and the twin's maximum softmax probability; the share of known images refused at each stated rate; the calibration error
 of all cases' probabilities together; and accuracy after 1, 5 and 20 of TRAIN's images of each unknown class are
 enrolled. Runs are kept in --runs and taken up again; `--part 0/2` and `--part 1/2` share the training.
-Exits with 1 where a goal is missed: the best mean AUROC on SupCon's embeddings, 0.02 between a stated and the mean observed
-rate of refusal, 0.03 of calibration error.
+Exits with 1 where a goal is missed: the best mean AUROC on SupCon's embeddings, at most 0.02 between a stated and the
+mean observed rate of refusal, and 0.03 of calibration error.
 """
 
 import argparse
