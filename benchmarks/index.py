@@ -9,11 +9,11 @@ classification: `classify` on a snapshot of 50 k items beside the bare search, o
 id recall and label agreement on 1,000 queries that the index has not seen. One thread each. Results of sections that
 are not asked for stay in FILE. Exits with 1 where a goal is missed. `benchmarks.index_peers` has the other libraries.
 
-Two cores of a shared AMD EPYC with AVX-512, faiss-cpu 1.15.1, NumPy 2.4.6, medians of 30 runs or more: beside other work
-1.16, 0.98, 0.90 and 0.65 times NumPy's time for batches of 1, 8, 32 and 256, on a quiet day 0.62, 0.50, 0.39 and 0.30;
-filters take at most 1.2 times as long as none; classifying adds 0.2 to 0.4 ms; at 1 M classes apart are searched 79
-times as fast as exactly with id recall 0.961, packed ones 44 times with label agreement 1. docs/results/index.json has
-them all.
+Two cores of a shared AMD EPYC with AVX-512, faiss-cpu 1.15.1, NumPy 2.4.6, medians of 30 runs or more: beside other
+work 1.16, 0.98, 0.90 and 0.65 times NumPy's time for batches of 1, 8, 32 and 256, on a quiet day 0.62, 0.50, 0.39 and
+0.30; filters take at most 1.2 times as long as none; classifying adds 0.2 to 0.4 ms; at 1 M classes apart are searched
+79 times as fast as exactly with id recall 0.961, packed ones 44 times with label agreement 1. docs/results/index.json
+has them all.
 """
 
 import argparse

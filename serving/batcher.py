@@ -30,6 +30,11 @@ Results = Sequence[Result | Exception]
 HOLD_SECONDS = 0.002
 # What takes less in all is not worth dividing among runners.
 DIVIDED_SECONDS = 0.02
+# What is measured over less says little.
+PACE_SECONDS = 1.0
+# Who arrives in a turn of the event loop that has taken in others for so long, while so many rows are under way, is
+# refused: else one turn would take in hundreds, and nobody else be heard for seconds.
+TURN_SECONDS, MANY_UNDER_WAY = 0.5, 64
 
 
 @dataclass(eq=False, slots=True)
@@ -79,13 +84,6 @@ class _Job(Generic[Row, Context, Result]):
         self.out -= 1
         if not self.out and not len(self.rows) and not self.done.done():
             self.done.set_result(None)
-
-
-# What is measured over less says little.
-PACE_SECONDS = 1.0
-# Who arrives in a turn of the event loop that has taken in others for so long, while so many rows are under way, is
-# refused: else one turn would take in hundreds, and nobody else be heard for seconds.
-TURN_SECONDS, MANY_UNDER_WAY = 0.5, 64
 
 
 class Batcher(Generic[Row, Context, Result]):
