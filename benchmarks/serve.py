@@ -9,11 +9,11 @@ CIFAR holds one folder of images per class, PHOTOS likewise; PEERS is an environ
     uv pip install --python PEERS litserve "bentoml>=1.4.39,<1.5" onnxruntime-gpu pillow uvloop httptools
 
 `limit`: images a second over processors ÷ (core-seconds of decoding + core-seconds of the encoder at its best batch)
-for an image, both on one thread and measured in the same session. Service and client share the processors; what the
-client took is printed. `peers`: requests a second of a light encoder (the demo's network), one JPEG each, in turns with
-LitServe and plain BentoML, each at the best of several settings; 99th percentiles in open loop at 70 % of what the
-slowest of the three manages; and how soon a lone request is as fast as ever after a burst. Whoever is not asked stands
-still. Weights are random. Exits with 1 where a goal is missed.
+for an image, both on one thread and measured in the same session, and latencies in open loop at 70 % of that rate.
+Service and client share the processors; what the client took is printed. `peers`: requests a second of a light encoder
+(the demo's network), one JPEG each, in turns with LitServe and plain BentoML, each at the best of several settings;
+99th percentiles in open loop at 70 % of what the slowest of the three manages; and how soon a lone request is as fast
+as ever after a burst. Whoever is not asked stands still. Weights are random. Exits with 1 where a goal is missed.
 """
 
 import argparse
@@ -46,6 +46,7 @@ LIGHT, LIGHT_SIDE = "cifar_resnet8", 16
 CLIENTS = 32
 # What is asked of the service; see docs/acceptance.md.
 TIMES_LITSERVE, TIMES_BENTOML, SHARE_OF_CAPACITY = 1.5, 2.0, 0.7
+OPEN_SECONDS = 20.0  # so that slow encoders, too, answer some dozens
 REST_WITHIN, REST_SECONDS = 1.2, 1.0
 
 
@@ -132,6 +133,14 @@ def limit(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
                 for kind in LIMITS[network]:
                     asked = Server(kind.name, server.process, server.port, requests_of(kind, files, side))
                     measured[kind.name].append(client.ask(asked, arguments.seconds, clients=kind.clients))
+            opened = {
+                kind.name: client.ask(
+                    Server(kind.name, server.process, server.port, requests_of(kind, files, side)),
+                    max(arguments.seconds, OPEN_SECONDS),
+                    rate=SHARE_OF_CAPACITY * statistics.median(run.rate for run in measured[kind.name]),
+                )
+                for kind in LIMITS[network]
+            }
         best = min(statistics.median(seconds[batch] for seconds in encoding) for batch in encoding[0])
         for kind in LIMITS[network]:
             needed = best + (statistics.median(decoding) if kind.decodes else 0.0)
@@ -147,6 +156,9 @@ def limit(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
                 "workers": arguments.workers,
                 "p50_ms": 1e3 * statistics.median(run.percentile(50) for run in measured[kind.name]),
                 "p99_ms": 1e3 * statistics.median(run.percentile(99) for run in measured[kind.name]),
+                "open_requests_per_second": SHARE_OF_CAPACITY * rate / kind.images,
+                "open_p50_ms": 1e3 * opened[kind.name].percentile(50),
+                "open_p99_ms": 1e3 * opened[kind.name].percentile(99),
                 "client_cores": statistics.median(run.client_seconds / run.seconds for run in measured[kind.name]),
             }
     return found
@@ -172,7 +184,7 @@ def peers(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
         closed = in_turns(client, servers, arguments, clients=CLIENTS)
         rates = {name: statistics.median(run.rate for run in runs) for name, runs in closed.items()}
         best = [max((name for name in rates if name.startswith(kind)), key=rates.__getitem__) for kind in KINDS]
-        chosen = [server for server in servers if server.name in best]
+        chosen = [server for server in servers if server.name in best or server.name.startswith(KINDS[0])]
         rate = SHARE_OF_CAPACITY * min(rates[name] for name in best)
         opened = in_turns(client, chosen, arguments, rate=rate)
         chosen[0].stand_still(False)
@@ -215,11 +227,11 @@ def after_a_burst(client: Client, server: Server) -> dict[str, Any]:
         )
         for start in np.arange(0, 3, 0.25)
     ]
-    slow = [number for number, median in enumerate(quarters) if median > REST_WITHIN * rest]
+    slow = next((number for number, median in enumerate(quarters) if median <= REST_WITHIN * rest), len(quarters))
     return {
         "rest_ms": 1e3 * rest,
         "quarters_ms": [1e3 * median for median in quarters],
-        "back_after_seconds": 0.25 * (slow[-1] + 1) if slow else 0.0,
+        "back_after_seconds": 0.25 * slow,
     }
 
 
@@ -230,14 +242,19 @@ def missed(result: dict[str, Any]) -> list[str]:
         if one["share_of_limit"] < one["goal"]
     ]
     if found := result.get("peers"):
+        _, lit_name, bento_name = found["best"]
         ours, lit, bento = (found["medians"][name] for name in found["best"])
         if ours < TIMES_LITSERVE * lit:
             goals.append(f"{ours / lit:.2f} times LitServe, not {TIMES_LITSERVE}")
         if ours < TIMES_BENTOML * bento:
             goals.append(f"{ours / bento:.2f} times BentoML, not {TIMES_BENTOML}")
-        own = min(p99 for name, p99 in found["open_p99_ms"].items() if name.startswith("coterie"))
-        slower = [name for name, p99 in found["open_p99_ms"].items() if p99 < own]
-        goals += [f"p99 in open loop is above that of {name}" for name in slower]
+        opened = found["open_p99_ms"]
+        goals += [
+            f"p99 in open loop of {own} is above that of {other}"
+            for own, p99 in opened.items()
+            for other in (lit_name, bento_name)
+            if own.startswith(KINDS[0]) and opened[other] < p99
+        ]
         if found["after_a_burst"]["back_after_seconds"] > REST_SECONDS:
             goals.append("a lone request is not as fast as at rest a second after a burst")
     return goals
@@ -248,6 +265,7 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"{name:40} {one['images_per_second']:8.0f} of {one['limit']:8.0f} images/s: {one['share_of_limit']:.2f} "
             f"(goal {one['goal']}), p50 {one['p50_ms']:.1f}, p99 {one['p99_ms']:.1f} ms, "
+            f"in open loop {one['open_p50_ms']:.1f} and {one['open_p99_ms']:.1f} ms, "
             f"client {one['client_cores']:.2f} cores"
         )
     if found := result.get("peers"):
@@ -276,15 +294,17 @@ def main() -> None:
         measure = {"limit": limit, "peers": peers}[arguments.what]
         found = measure(arguments, Path(folder), client)
     client.close()
-    result = {
-        "machine": {"processors": processors(), "load_average": os.getloadavg()},
-        "versions": versions("bentoml", "uvicorn", "starlette", "onnxruntime-gpu", "pillow", "numpy"),
-        arguments.what: found,
-    }
+    result = {arguments.what: found}
     show(result)
     if arguments.json:
         before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        write_text(arguments.json, json.dumps({**before, **result}, indent=1) + "\n")
+        circumstances = {
+            "processors": processors(),
+            "load_average": os.getloadavg(),
+            "versions": versions("bentoml", "uvicorn", "starlette", "onnxruntime-gpu", "pillow", "numpy"),
+        }
+        before[arguments.what] = {"measured": found, "circumstances": circumstances}
+        write_text(arguments.json, json.dumps(before, indent=1) + "\n")
     if failures := missed(result):
         sys.exit("\n".join(failures))
 

@@ -4,7 +4,7 @@ All draws follow from a seed. Percentile intervals of 95 % (Efron & Tibshirani 1
 never seen they say nothing: without a mistake among n images its true rate may still be 3 / n.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 __all__ = [
     "DRAWS",
     "Interval",
-    "bootstrap",
-    "bootstrap_draws",
+    "bootstrap_counts",
     "bootstrap_means",
     "bootstrap_sums",
     "interval",
@@ -30,30 +29,44 @@ BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its 95 % interval; all NaN where nothing was measured."""
+    """A number and its 95 % interval, `bounds`; all NaN where nothing was measured."""
 
     value: float
     low: float
     high: float
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
+def bootstrap_counts(
+    n: int, *, draws: int = DRAWS, seed: int | Sequence[int] = 0, at_once: int | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """How often each of n rows is among n drawn with replacement: blocks of `at_once` draws, (at_once, n).
+
+    For one seed and n the same draws in every call and for blocks of any size: what is made of them stays paired.
+
+    >>> [block.sum(axis=1).tolist() for block in bootstrap_counts(7, draws=3, at_once=2)]
+    [[7.0, 7.0], [7.0]]
+    """
+    rng = np.random.default_rng(seed)
+    step = at_once or max(1, BLOCK // max(n, 1))
+    for start in range(0, draws, step):
+        counts = np.empty((min(step, draws - start), n), dtype=np.float32)
+        for row in counts:
+            row[:] = np.bincount(rng.integers(max(n, 1), size=n), minlength=n)
+        yield counts
+
 
 def bootstrap_sums(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float32]:
-    """The sums of the columns of `values` (n, m) over n rows drawn with replacement, (draws, m).
-
-    The same rows for all columns, and for one seed and n the same in every call: what is made of sums stays paired.
+    """The sums of the columns of `values` (n, m) over the rows of each draw, (draws, m); the same rows for all columns.
 
     >>> bootstrap_sums(np.ones((7, 2)), draws=3).tolist()
     [[7.0, 7.0], [7.0, 7.0], [7.0, 7.0]]
     """
-    n, columns = len(values), values.astype(np.float32)
-    rng = np.random.default_rng(seed)
-    step = max(1, min(draws, BLOCK // max(n, 1)))
-    sums = []
-    for start in range(0, draws, step):
-        rows = rng.integers(max(n, 1), size=(min(step, draws - start), n))
-        counts = np.stack([np.bincount(row, minlength=n) for row in rows]).astype(np.float32)
-        sums.append(counts @ columns)
-    return np.concatenate(sums)
+    columns = values.astype(np.float32)
+    return np.concatenate([counts @ columns for counts in bootstrap_counts(len(values), draws=draws, seed=seed)])
 
 
 def bootstrap_means(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> list[Interval]:
@@ -68,35 +81,6 @@ def bootstrap_means(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) 
     with np.errstate(invalid="ignore"):
         means, wholes = drawn[:, :m] / drawn[:, m:], filled.sum(axis=0, dtype=np.float64) / there.sum(axis=0)
     return [interval(float(whole), means[:, column]) for column, whole in enumerate(wholes)]
-
-
-def bootstrap(
-    statistic: Callable[..., float], *samples: Sequence[NDArray[Any]], draws: int = DRAWS, seed: int = 0
-) -> Interval:
-    """Any number of any samples: each sample is a tuple of arrays whose rows are drawn together.
-
-    Args:
-        statistic: takes the arrays of all samples, in their order.
-
-    >>> bootstrap(lambda a, b: float(a.mean() - b.mean()), (np.ones(5),), (np.zeros(3),), draws=10)
-    Interval(value=1.0, low=1.0, high=1.0)
-    """
-    value = statistic(*(array for sample in samples for array in sample))
-    return interval(value, bootstrap_draws(statistic, *samples, draws=draws, seed=seed))
-
-
-def bootstrap_draws(
-    statistic: Callable[..., Any], *samples: Sequence[NDArray[Any]], draws: int = DRAWS, seed: int = 0
-) -> NDArray[np.float64]:
-    """What `bootstrap` takes its interval from, (draws, …) for a statistic of any shape; (0,) without any rows."""
-    if any(not len(sample[0]) for sample in samples):
-        return np.empty(0)
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        rows = [rng.integers(len(sample[0]), size=len(sample[0])) for sample in samples]
-        found.append(statistic(*(array[own] for sample, own in zip(samples, rows, strict=True) for array in sample)))
-    return np.asarray(found, dtype=np.float64)
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

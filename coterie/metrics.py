@@ -17,6 +17,7 @@ __all__ = [
     "average_precision",
     "balanced_accuracy",
     "class_rates",
+    "confidence_bins",
     "confusion",
     "expected_calibration_error",
     "known_rejected_at_95",
@@ -104,13 +105,23 @@ class Reliability:
     accuracy: NDArray[np.float64]
 
 
+def confidence_bins(confidences: Scores, bins: int) -> NDArray[np.int64]:
+    """The bin of each probability, of any shape: bin b, from 0 on, holds those in (b / bins, (b + 1) / bins].
+
+    >>> confidence_bins(np.array([0.0, 0.5, 0.51, 1.0]), 2).tolist()
+    [0, 0, 1, 1]
+    """
+    _refuse_nan(confidences)
+    return np.asarray(np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1))
+
+
 def reliability(confidences: Scores, right: NDArray[np.bool_], *, bins: int = 15) -> Reliability:
     """What a reliability diagram shows (arXiv 1706.04599, section 2), of answers (n,); bins as in the function below.
 
     >>> reliability(np.array([0.2, 0.9, 0.8]), np.array([False, True, False]), bins=2).accuracy.tolist()
     [0.0, 0.5]
     """
-    bin_of = _bin_of(confidences, bins)
+    bin_of = confidence_bins(confidences, bins)
     counts = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
         confidence = np.bincount(bin_of, weights=confidences, minlength=bins) / counts
@@ -131,7 +142,7 @@ def expected_calibration_error(confidences: Scores, right: NDArray[np.bool_], *,
     """
     if not len(right):
         return float("nan")
-    bin_of = _bin_of(confidences, bins)
+    bin_of = confidence_bins(confidences, bins)
     surplus = np.bincount(bin_of, weights=right.astype(np.float64) - confidences, minlength=bins)
     return float(np.abs(surplus).sum() / len(right))
 
@@ -243,11 +254,6 @@ def confusion(predicted: NDArray[np.str_], truth: NDArray[np.str_], labels: tupl
         if true in rows and guess in rows:
             table[rows[true], rows[guess]] += 1
     return table
-
-
-def _bin_of(confidences: Scores, bins: int) -> NDArray[np.int64]:
-    _refuse_nan(confidences)
-    return np.asarray(np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1))
 
 
 def _refuse_nan(*scores: Scores) -> None:

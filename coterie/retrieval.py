@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from coterie.machine import processors
 from coterie.ranking import check_unit_vectors
 
 __all__ = ["Retrieval", "retrieve", "silhouettes", "weighted_votes"]
 
-# Similarities held at once by a thread: 64 MB of float64, and as sort keys as much.
-BLOCK = 1 << 23
+# Similarities held at once by a thread: 32 MB of float64, and as sort keys as much.
+BLOCK = 1 << 22
 MILLION = 1_000_000
 ROW_BITS = 32
 
@@ -95,7 +96,8 @@ def retrieve(
         values[rows] = _ranked(q[rows], truth[rows[0]], g, classes, ks)
         return len(rows)
 
-    with ThreadPoolExecutor(processors()) as pool:
+    # Each thread multiplies alone: several that share NumPy's own threads stand in each other's way.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(processors()) as pool:
         for done in pool.map(rank, _blocks(truth, classes)):
             if progress:
                 progress(done)
@@ -121,11 +123,17 @@ def _ranked(
     same = classes == number
     relevant = int(same.sum())
     deep = min(max(relevant, *ks), len(classes))
-    millionths = np.rint(queries @ gallery.T * MILLION).astype(np.int64)
-    # One whole number for similarity and row, so that no two are equal.
-    keys = ((2 * MILLION - millionths) << ROW_BITS) | np.arange(len(classes))
+    distances = queries @ gallery.T
+    distances *= -MILLION
+    np.rint(distances, out=distances)
+    distances += 2 * MILLION
+    # One whole number for similarity and row, so that no two are equal. In place: fresh memory costs more than sums.
+    keys = distances.astype(np.int64)
+    keys <<= ROW_BITS
+    keys |= np.arange(len(classes))
     if deep < keys.shape[1]:
-        keys = np.partition(keys, deep - 1, axis=1)[:, :deep]
+        keys.partition(deep - 1, axis=1)
+        keys = keys[:, :deep]
     keys.sort(axis=1)
     hits = same[keys & ((1 << ROW_BITS) - 1)]
     precision = np.cumsum(hits[:, :relevant], axis=1) / np.arange(1, relevant + 1)

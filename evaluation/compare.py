@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import DataError
-from coterie.intervals import bootstrap, bootstrap_means, mcnemar
-from coterie.metrics import auroc, expected_calibration_error
-from evaluation.evaluate import BINS, Evaluation
+from coterie.intervals import bootstrap_means, interval, mcnemar
+from evaluation.evaluate import Evaluation
 from evaluation.queries import Queries
+from evaluation.reliability import calibration_error_draws
 from evaluation.robustness import Robustness, relative_errors
-from evaluation.unknown import DRAWS, UnknownResult
+from evaluation.unknown import mean_auroc_draws
 
 __all__ = ["Comparison", "Difference", "check_same_images", "compare"]
 
@@ -43,15 +43,18 @@ class Comparison:
     """The evaluated bundle against another, `other`.
 
     Attributes:
-        relative_errors: of the first, by corruption, relative to the other's; None where corruptions were not measured.
-        relative_corruption_error: their mean.
+        relative_errors: of the first, by corruption, relative to the other's; see evaluation.robustness.
+        relative_corruption_error: their mean. These are None where corruptions were not measured, and so are their
+            intervals, low and high.
     """
 
     first: str
     other: str
     differences: tuple[Difference, ...]
     relative_corruption_error: float | None = None
+    relative_corruption_error_interval: tuple[float, float] | None = None
     relative_errors: dict[str, float] | None = None
+    relative_error_intervals: dict[str, tuple[float, float]] | None = None
 
     def __getitem__(self, measure: str) -> Difference:
         return next(one for one in self.differences if one.measure == measure)
@@ -78,17 +81,29 @@ def compare(
     """Compare two evaluations of the same images in the same order."""
     one, two = first.answers, other.answers
     differences = [_difference(name, one.measures[name], two.measures[name], seed) for name in RATES + MEANS]
-    differences.append(
-        _difference_of("ece", first.ece, other.ece, (one.confidence, one.right), (two.confidence, two.right), seed)
-    )
+    eces = [calibration_error_draws(of.confidence[None], of.right[None], seed=seed)[:, 0] for of in (one, two)]
+    differences.append(_difference_of_draws("ece", first.ece, other.ece, *eces))
     if first.unknown and other.unknown:
-        differences.append(_difference_of_auroc(first.unknown, other.unknown, seed))
+        of_first, of_other = first.unknown, other.unknown
+        aurocs = of_first.draws["auroc"], of_other.draws["auroc"]
+        differences.append(_difference_of_draws("unknown_auroc", of_first.auroc, of_other.auroc, *aurocs))
+    if first.held_out and other.held_out:
+        aurocs = mean_auroc_draws(first.held_out), mean_auroc_draws(other.held_out)
+        values = first.held_out_auroc, other.held_out_auroc
+        differences.append(_difference_of_draws("held_out_auroc", *values, *aurocs))
     if not robustness:
         return Comparison(*names, tuple(differences))
-    differences.append(_difference("corruption_error", robustness[0].wrong, robustness[1].wrong, seed))
-    ratios = relative_errors(*robustness)
-    mean = float(np.mean(list(ratios.values()))) if ratios else float("nan")
-    return Comparison(*names, tuple(differences), mean, ratios)
+    wrong = [found.wrong.mean(axis=1) for found in robustness]
+    differences.append(_difference("corruption_error", *wrong, seed))
+    ratios, mean = relative_errors(*robustness, seed=seed)
+    return Comparison(
+        *names,
+        tuple(differences),
+        mean.value,
+        mean.bounds,
+        {name: one.value for name, one in ratios.items()},
+        {name: one.bounds for name, one in ratios.items()},
+    )
 
 
 def _difference(measure: str, first: NDArray[np.float64], other: NDArray[np.float64], seed: int) -> Difference:
@@ -97,28 +112,9 @@ def _difference(measure: str, first: NDArray[np.float64], other: NDArray[np.floa
     return Difference(measure, one.value, two.value, less.value, less.low, less.high, p)
 
 
-def _difference_of(
-    measure: str,
-    first: float,
-    other: float,
-    of_first: tuple[NDArray[np.float64], NDArray[np.bool_]],
-    of_other: tuple[NDArray[np.float64], NDArray[np.bool_]],
-    seed: int,
+def _difference_of_draws(
+    measure: str, first: float, other: float, drawn: NDArray[np.float64], drawn_other: NDArray[np.float64]
 ) -> Difference:
-    def less(c1: NDArray[np.float64], r1: NDArray[np.bool_], c2: NDArray[np.float64], r2: NDArray[np.bool_]) -> float:
-        ece = expected_calibration_error
-        return ece(c1, r1, bins=BINS) - ece(c2, r2, bins=BINS)
-
-    found = bootstrap(less, (*of_first, *of_other), seed=seed)
+    """From draws of the same images for both."""
+    found = interval(first - other, drawn - drawn_other)
     return Difference(measure, first, other, found.value, found.low, found.high)
-
-
-def _difference_of_auroc(first: UnknownResult, other: UnknownResult, seed: int) -> Difference:
-    def less(
-        k1: NDArray[np.float64], k2: NDArray[np.float64], u1: NDArray[np.float64], u2: NDArray[np.float64]
-    ) -> float:
-        return auroc(k1, u1) - auroc(k2, u2)
-
-    known, unknown = (first.known_scores, other.known_scores), (first.unknown_scores, other.unknown_scores)
-    found = bootstrap(less, known, unknown, draws=DRAWS, seed=seed)
-    return Difference("unknown_auroc", first.auroc, other.auroc, found.value, found.low, found.high)

@@ -8,15 +8,12 @@ from numpy.typing import NDArray
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
 from coterie.gallery import Snapshot
-from coterie.intervals import Interval, bootstrap_draws, bootstrap_means, bootstrap_sums, interval
+from coterie.intervals import bootstrap_means, bootstrap_sums, interval
 from coterie.metrics import (
     balanced_accuracy,
     class_rates,
     confusion,
     expected_calibration_error,
-    reliability,
-    risk_at_coverage,
-    selective_risks,
     top_k,
 )
 from coterie.progress import progress_bar
@@ -24,18 +21,17 @@ from coterie.retrieval import retrieve, silhouettes, weighted_votes
 from evaluation.leaks import find_leaks
 from evaluation.probe import linear_probe
 from evaluation.queries import Queries, check_labels
-from evaluation.results import Answers, ClassResult, Evaluation, Knn, Mistake, Selective
+from evaluation.reliability import BINS, calibration_error_draws, reliability_bins
+from evaluation.results import Answers, ClassResult, Evaluation, Histograms, Knn, Mistake
+from evaluation.selective import measure_selective
 from evaluation.speed import measure_speed
-from evaluation.unknown import UnknownResult, hold_out, mean_auroc, measure_unknown
+from evaluation.unknown import HeldOut, UnknownResult, hold_out, mean_auroc, measure_unknown
 
-__all__ = ["BINS", "KS", "Evaluation", "evaluate"]
+__all__ = ["KS", "Evaluation", "evaluate"]
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 K = 20  # of `knn_top1`: what DINO found best
-BINS = 15
-COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)
-# Each sorts all answers.
-SELECTIVE_DRAWS = 200
+HISTOGRAM_BINS = 40
 MOST_MISTAKES, MISTAKEN_NEIGHBORS = 24, 5
 
 
@@ -72,9 +68,10 @@ def evaluate(
     table = confusion(answers.predicted, labels, classes)
     means = {name: float(np.nanmean(values)) for name, values in answers.measures.items() if np.isfinite(values).any()}
     splits = [hold_out(bundle, snapshot, queries, split, false_reject=false_reject, seed=seed) for split in held_out]
-    of_splits = {"held_out_auroc": mean_auroc(splits, labels, seed)} if splits else {}
-    aurc, selective = _selective(answers, seed)
+    of_splits = {"held_out_auroc": mean_auroc(splits)} if splits else {}
+    aurc, selective, risks = measure_selective(answers.confidence, answers.right, seed)
     per_class, of_classes = _per_class(table, classes, answers, labels, seed)
+    strangers = _unknown(scores, answers.right, unknown, bundle, snapshot, limit, seed) if unknown else None
     return Evaluation(
         bundle=bundle.manifest.id,
         name=bundle.manifest.name,
@@ -92,24 +89,26 @@ def evaluate(
         aurc=aurc.value,
         held_out_auroc=of_splits["held_out_auroc"].value if splits else float("nan"),
         selective=selective,
+        risks=risks,
         intervals={
             **_intervals(answers, seed),
             **of_classes,
-            **{name: (one.low, one.high) for name, one in {"aurc": aurc, **of_splits}.items()},
+            **{name: one.bounds for name, one in {"aurc": aurc, **of_splits}.items()},
         },
         knn=_knn(scores, snapshot, truth, seed),
         per_class=per_class,
         confusion=tuple(tuple(row) for row in table.tolist()),
         reliability={
-            "vote": reliability(answers.vote_confidence, answers.vote_right, bins=BINS),
-            "classifier": reliability(answers.confidence, answers.right, bins=BINS),
+            "vote": reliability_bins(answers.vote_confidence, answers.vote_right, seed=seed),
+            "classifier": reliability_bins(answers.confidence, answers.right, seed=seed),
         },
+        similarities=_histograms(answers, strangers, splits),
         mistakes=_mistakes(queries, answers, scores, snapshot),
         leaks=find_leaks(queries, snapshot, scores.neighbors, scores.similarities),
         rejected=queries.images.rejected,
         speed=measure_speed(bundle, queries),
         answers=answers,
-        unknown=_unknown(scores, answers.right, unknown, bundle, snapshot, limit, seed) if unknown else None,
+        unknown=strangers,
         held_out=tuple(splits),
     )
 
@@ -160,23 +159,8 @@ def _knn(scores: Scores, snapshot: Snapshot, truth: NDArray[np.int64], seed: int
     right = [top_k(votes[k], truth, min(most, k)) for k in ks for most in (1, 5)]
     found = bootstrap_means(np.stack(right, axis=1), seed=seed)
     return tuple(
-        Knn(k, one.value, (one.low, one.high), five.value, (five.low, five.high))
+        Knn(k, one.value, one.bounds, five.value, five.bounds)
         for k, one, five in zip(ks, found[::2], found[1::2], strict=True)
-    )
-
-
-def _selective(answers: Answers, seed: int) -> tuple[Interval, tuple[Selective, ...]]:
-    """The area under the risk–coverage curve, and accuracy at some coverages."""
-
-    def measured(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
-        risks = selective_risks(confidences, right)
-        return np.asarray([risks.mean(), *(1 - risk_at_coverage(risks, share) for share in COVERAGES)])
-
-    values = measured(answers.confidence, answers.right).tolist()
-    drawn = bootstrap_draws(measured, (answers.confidence, answers.right), draws=SELECTIVE_DRAWS, seed=seed)
-    aurc, *found = (interval(value, drawn[:, column]) for column, value in enumerate(values))
-    return aurc, tuple(
-        Selective(share, one.value, (one.low, one.high)) for share, one in zip(COVERAGES, found, strict=True)
     )
 
 
@@ -188,11 +172,9 @@ def _intervals(answers: Answers, seed: int) -> dict[str, tuple[float, float]]:
         ("ece", answers.confidence, answers.right),
         ("ece_of_vote", answers.vote_confidence, answers.vote_right),
     ):
-        bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
-        surplus = np.where(bins[:, None] == np.arange(BINS), (right - confidence)[:, None], 0)  # (n, bins)
-        drawn = np.abs(bootstrap_sums(surplus, seed=seed)).sum(axis=1) / len(right)
+        drawn = calibration_error_draws(confidence[None], right[None], seed=seed)[:, 0]
         found[name] = interval(expected_calibration_error(confidence, right, bins=BINS), drawn)
-    return {name: (one.low, one.high) for name, one in found.items()}
+    return {name: one.bounds for name, one in found.items()}
 
 
 def _per_class(
@@ -221,7 +203,7 @@ def _per_class(
                 label,
                 int(rates.images[column]),
                 **{name: one.value for name, one in found.items()},
-                intervals={name: (one.low, one.high) for name, one in found.items()},
+                intervals={name: one.bounds for name, one in found.items()},
             )
         )
     asked = rates.images > 0
@@ -232,9 +214,20 @@ def _per_class(
     return tuple(results), {name: _bounds(values) for name, values in over_all.items()}
 
 
+def _histograms(answers: Answers, unknown: UnknownResult | None, splits: Sequence[HeldOut]) -> Histograms:
+    groups = {"right": answers.similarity[answers.right], "wrong": answers.similarity[~answers.right]}
+    if unknown:
+        groups["unknown"] = unknown.similarities
+    if splits:
+        groups["held_out"] = np.concatenate([split.unknown.similarities for split in splits])
+    values = np.concatenate(list(groups.values()))
+    edges = np.linspace(values.min() - 1e-9, values.max() + 1e-9, HISTOGRAM_BINS + 1)
+    return Histograms(edges, {name: np.histogram(group, bins=edges)[0] for name, group in groups.items()})
+
+
 def _bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
     found = interval(0.0, drawn)
-    return found.low, found.high
+    return found.bounds
 
 
 def _mistakes(queries: Queries, answers: Answers, scores: Scores, snapshot: Snapshot) -> tuple[Mistake, ...]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from evaluation.evaluate import Evaluation
@@ -25,7 +25,7 @@ FEW_FOR_TSNE = 10
 # So near each other, similarities differ by less than a millionth, and scikit-learn's t-SNE dies of equal rows.
 HARDLY_APART = 1e-3
 MOST_CLASSES = 60
-BINS = 40
+GROUPS = {"held_out": "of classes taken from the gallery"}
 
 
 def figures(study: Study) -> dict[str, "Figure"]:
@@ -102,6 +102,7 @@ def _reliability(result: Evaluation) -> "Figure":
         figure.add_scatter(
             x=bins.confidence[some].tolist(),
             y=bins.accuracy[some].tolist(),
+            error_y=_bars(bins.accuracy[some], bins.accuracy_intervals[some]),
             mode="lines+markers",
             marker={"size": (6 + 14 * np.sqrt(bins.counts[some] / bins.counts.max())).tolist(), "color": colour},
             line={"color": colour},
@@ -114,16 +115,12 @@ def _reliability(result: Evaluation) -> "Figure":
 
 
 def _coverage(study: Study) -> "Figure":
-    from coterie.metrics import selective_risks
-
     figure = _figure(xaxis={"title": "share of images answered", "range": [0, 1.01]})
     figure.update_yaxes(title="share of them wrong", rangemode="tozero")
     for name, result, colour in zip(study.names, study.evaluations, COLOURS, strict=False):
-        risks = selective_risks(result.answers.confidence, result.answers.right)
-        some = np.unique(np.linspace(0, len(risks) - 1, min(len(risks), 400)).astype(int))
         figure.add_scatter(
-            x=((some + 1) / len(risks)).tolist(),
-            y=risks[some].tolist(),
+            x=[percent / 100 for percent in range(1, 101)],
+            y=list(result.risks),
             mode="lines",
             line={"color": colour},
             name=f"{name} (AURC {result.aurc:.4f})",
@@ -134,27 +131,18 @@ def _coverage(study: Study) -> "Figure":
 
 
 def _similarities(result: Evaluation) -> "Figure":
-    answers = result.answers
-    groups = [("right", answers.similarity[answers.right], BLUE), ("wrong", answers.similarity[~answers.right], ORANGE)]
-    if result.unknown:
-        groups.append(("unknown", result.unknown.similarities, PINK))
-    elif result.held_out:
-        held_out = np.concatenate([split.unknown.similarities for split in result.held_out])
-        groups.append(("of classes taken from the gallery", held_out, PINK))
-    values = np.concatenate([group for _, group, _ in groups])
-    edges = np.linspace(values.min() - 1e-9, values.max() + 1e-9, BINS + 1)
+    found, edges = result.similarities, result.similarities.edges
     figure = _figure(barmode="overlay", xaxis={"title": "similarity to the most probable class"})
     figure.update_yaxes(title="share of the group")
-    for name, group, colour in groups:
-        if not len(group):
+    for (name, counts), colour in zip(found.counts.items(), (BLUE, ORANGE, PINK, GREEN), strict=False):
+        if not (images := int(counts.sum())):
             continue
-        counts, _ = np.histogram(group, bins=edges)
         figure.add_bar(
             x=((edges[1:] + edges[:-1]) / 2).tolist(),
-            y=(counts / len(group)).tolist(),
+            y=(counts / images).tolist(),
             width=float(edges[1] - edges[0]),
             marker={"color": colour, "opacity": 0.6},
-            name=f"{name} ({len(group):,})",
+            name=f"{GROUPS.get(name, name)} ({images:,})",
             hovertemplate="similarity %{x:.3f}: %{y:.1%}<extra></extra>",
         )
     figure.update_layout(showlegend=True)
@@ -168,11 +156,7 @@ def _knn(study: Study) -> "Figure":
         figure.add_scatter(
             x=[one.k for one in result.knn],
             y=top1,
-            error_y={
-                "array": [one.top1_interval[1] - one.top1 for one in result.knn],
-                "arrayminus": [one.top1 - one.top1_interval[0] for one in result.knn],
-                "thickness": 1,
-            },
+            error_y=_bars(top1, [one.top1_interval for one in result.knn]),
             mode="lines+markers",
             line={"color": colour},
             name=name,
@@ -181,6 +165,14 @@ def _knn(study: Study) -> "Figure":
     figure.update_xaxes(tickvals=[one.k for one in study.first.knn], ticktext=[str(one.k) for one in study.first.knn])
     figure.update_layout(showlegend=True)
     return figure
+
+
+def _bars(values: ArrayLike, bounds: ArrayLike) -> dict[str, Any]:
+    """Error bars of n values to the ends of their intervals (n, 2); none downwards where a value lies below its own, as
+    a small calibration error does."""
+    low, high = np.asarray(bounds, dtype=np.float64).T
+    above, below = np.maximum(high - values, 0), np.maximum(np.asarray(values) - low, 0)
+    return {"array": above.tolist(), "arrayminus": below.tolist(), "thickness": 1, "width": 2}
 
 
 def on_map(study: Study) -> NDArray[np.int64]:
@@ -261,8 +253,14 @@ def _corruptions(study: Study) -> "Figure":
         y=names,
         text=[[f"{error:.0%}" for error in row] for row in errors],
         texttemplate="%{text}",
-        customdata=list(found.eces.values()),
-        hovertemplate="%{y}, severity %{x}: %{z:.1%} wrong, ECE %{customdata:.3f}<extra></extra>",
+        customdata=[
+            [[*bounds, ece, *of_ece] for bounds, ece, of_ece in zip(*rows, strict=True)]
+            for rows in zip(
+                found.error_intervals.values(), found.eces.values(), found.ece_intervals.values(), strict=True
+            )
+        ],
+        hovertemplate="%{y}, severity %{x}: %{z:.1%} wrong (%{customdata[0]:.1%} … %{customdata[1]:.1%})<br>"
+        "ECE %{customdata[2]:.3f} (%{customdata[3]:.3f} … %{customdata[4]:.3f})<extra></extra>",
         colorscale=RISK,
         zmin=0,
         zmax=1,
@@ -277,13 +275,17 @@ def _severity(study: Study) -> "Figure":
     figure = _figure(xaxis={"title": "severity, 0 being the images as they are", "dtick": 1})
     figure.update_yaxes(title="share wrong; dotted: ECE", rangemode="tozero")
     for name, found, result, colour in zip(study.names, study.robustness, study.evaluations, COLOURS, strict=False):
-        for values, dash, shown in (
-            ((found.clean_error, *found.error_by_severity), "solid", name),
-            ((result.ece, *found.ece_by_severity), "dot", f"{name}, ECE"),
+        low, high = result.intervals["top1"]
+        errors = found.clean_error, *found.error_by_severity
+        eces = result.ece, *found.ece_by_severity
+        for values, bounds, dash, shown in (
+            (errors, ((1 - high, 1 - low), *found.error_by_severity_intervals), "solid", name),
+            (eces, (result.intervals["ece"], *found.ece_by_severity_intervals), "dot", f"{name}, ECE"),
         ):
             figure.add_scatter(
                 x=[0, *SEVERITIES],
                 y=list(values),
+                error_y=_bars(values, bounds),
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},
                 name=shown,

@@ -72,6 +72,7 @@ def write_report(study: Study, path: Path) -> None:
         | {
             "corruption_error": "Error under corruption",
             "unknown_auroc": "AUROC against the unknown",
+            "held_out_auroc": "AUROC against classes taken from the gallery",
         },
         drawn=drawn,
         figures=_script(drawn),

@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.dataset import Rejected
-from coterie.metrics import Reliability
 from evaluation.leaks import Leaks
 from evaluation.plain import plain
+from evaluation.reliability import ReliabilityBins
+from evaluation.selective import Selective
 from evaluation.speed import Speed
 from evaluation.unknown import HeldOut, UnknownResult
 
-__all__ = ["Answers", "ClassResult", "Evaluation", "Knn", "Mistake", "Selective"]
+__all__ = ["Answers", "ClassResult", "Evaluation", "Histograms", "Knn", "Mistake"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,6 @@ class Knn:
     top1_interval: tuple[float, float]
     top5: float
     top5_interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Selective:
-    """The share of right labels among the most confident answers, that share of all being `coverage`."""
-
-    coverage: float
-    accuracy: float
-    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,18 @@ class Mistake:
     probability: float
     thumbnail: bytes = field(repr=False)
     neighbors: tuple[tuple[str, float, bytes], ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """How similar images are to their most probable class: counts (bins,) by group, between `edges` (bins + 1,).
+
+    The groups are those of right and of wrong labels, and, where there were such, unknown images and those of classes
+    taken from the gallery.
+    """
+
+    edges: NDArray[np.float64]
+    counts: dict[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Evaluation:
             calibration; 15 bins, top label.
         aurc: mean risk over all coverages.
         selective: accuracy of the most confident share, for a few shares.
+        risks: share wrong among the most confident 1, 2, … 100 per cent.
         silhouette: of the queries' own embeddings, by cosine distance.
         held_out_auroc: mean over the splits of `held_out`.
         knn: over a range of k, as far as the gallery has so many items.
@@ -139,11 +144,13 @@ class Evaluation:
     silhouette: float
     held_out_auroc: float
     selective: tuple[Selective, ...]
+    risks: tuple[float, ...]
     intervals: dict[str, tuple[float, float]]
     knn: tuple[Knn, ...]
     per_class: tuple[ClassResult, ...]
     confusion: tuple[tuple[int, ...], ...]
-    reliability: dict[str, Reliability]
+    reliability: dict[str, ReliabilityBins]
+    similarities: Histograms
     mistakes: tuple[Mistake, ...]
     leaks: Leaks
     rejected: tuple[Rejected, ...]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from coterie.bundle import Bundle
 from coterie.classifier import score
 from coterie.decoding import decoding_processes
-from coterie.intervals import bootstrap_means
+from coterie.intervals import Interval, bootstrap_means, bootstrap_sums, interval
 from coterie.machine import processors
 from coterie.metrics import expected_calibration_error
 from coterie.progress import progress_bar
 from evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from evaluation.queries import Queries
+from evaluation.reliability import calibration_error_draws
 
 __all__ = ["Robustness", "measure_robustness", "relative_errors"]
 
@@ -25,6 +27,8 @@ __all__ = ["Robustness", "measure_robustness", "relative_errors"]
 CHUNK = 1 << 25
 
 Condition = tuple[str, int]
+Bounds = tuple[float, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class Robustness:
     """Of one bundle, by corruption and severity 1 to 5.
 
     Attributes:
-        errors: share of wrong labels by the classifier, rejection ignored; `error_intervals` low and high of each.
-        refused: share called unknown at the evaluation's false-reject rate; `refused_intervals` low and high of each.
+        errors: share of wrong labels by the classifier, rejection ignored.
+        refused: share called unknown at the evaluation's false-reject rate.
         eces: expected calibration error, 15 bins.
         mean_error: over all corruptions and severities, unweighted, as the CIFAR literature has it.
         error_by_severity, ece_by_severity: means over corruptions.
-        wrong: share of the conditions in which each image was wrong, (n,).
+        error_intervals and others: low and high of each of the former, by a bootstrap over images.
+        wrong: share of the severities of each corruption at which each image was wrong, (n, corruptions).
     """
 
     images: int
@@ -47,12 +52,15 @@ class Robustness:
     mean_error: float
     mean_error_interval: tuple[float, float]
     error_by_severity: tuple[float, ...]
+    error_by_severity_intervals: tuple[Bounds, ...]
     ece_by_severity: tuple[float, ...]
+    ece_by_severity_intervals: tuple[Bounds, ...]
     errors: dict[str, tuple[float, ...]]
-    error_intervals: dict[str, tuple[tuple[float, float], ...]]
+    error_intervals: dict[str, tuple[Bounds, ...]]
     refused: dict[str, tuple[float, ...]]
-    refused_intervals: dict[str, tuple[tuple[float, float], ...]]
+    refused_intervals: dict[str, tuple[Bounds, ...]]
     eces: dict[str, tuple[float, ...]]
+    ece_intervals: dict[str, tuple[Bounds, ...]]
     wrong: NDArray[np.float64] = field(repr=False)
 
 
@@ -73,14 +81,26 @@ def measure_robustness(
     return [found[i] for i in range(len(bundles))]
 
 
-def relative_errors(robustness: Robustness, baseline: Robustness) -> dict[str, float]:
-    """Corruption errors relative to a baseline's (arXiv 1903.12261, section 4.1), 1 being as bad; their mean is mCE.
+def relative_errors(
+    robustness: Robustness, baseline: Robustness, *, seed: int = 0
+) -> tuple[dict[str, Interval], Interval]:
+    """Corruption errors relative to a baseline's (arXiv 1903.12261, section 4.1), 1 being as bad, and their mean, mCE.
 
     Of each corruption the sum of the errors over severities divided by the baseline's; corruptions under which the
-    baseline makes no mistake are left out.
+    baseline makes no mistake are left out. A bootstrap draw is of the same images for both.
     """
-    found = ((name, sum(errors), sum(baseline.errors[name])) for name, errors in robustness.errors.items())
-    return {name: own / other for name, own, other in found if other > 0}
+    names = [name for name, errors in baseline.errors.items() if sum(errors) > 0]
+    some = [list(CORRUPTIONS).index(name) for name in names]
+    own, other = robustness.wrong[:, some], baseline.wrong[:, some]
+    drawn = bootstrap_sums(np.concatenate([own, other], axis=1), seed=seed).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = own.sum(axis=0) / other.sum(axis=0)
+        draws = drawn[:, : len(names)] / drawn[:, len(names) :]
+    draws[~np.isfinite(draws)] = np.nan  # draws in which the baseline makes no mistake do not count
+    found = {name: interval(float(ratio), of) for name, ratio, of in zip(names, ratios, draws.T, strict=True)}
+    if not names:
+        return {}, Interval(float("nan"), float("nan"), float("nan"))
+    return found, interval(float(ratios.mean()), draws.mean(axis=1))
 
 
 def _measure(
@@ -102,7 +122,7 @@ def _measure(
             confidence[i, number, rows] = scores.probabilities.max(axis=1)
             advance(len(pixels), note=f"{conditions[number][0]} {conditions[number][1]}")
     for i, (bundle, own) in enumerate(bundles):
-        yield _summary(bundle, own, right[i], refused[i], confidence[i].astype(np.float64), seed, false_reject)
+        yield _summary(bundle, own, right[i], refused[i], confidence[i], seed, false_reject)
 
 
 def _corrupted(
@@ -138,41 +158,62 @@ def _summary(
     queries: Queries,
     right: NDArray[np.bool_],
     refused: NDArray[np.bool_],
-    confidence: NDArray[np.float64],
+    confidence: NDArray[np.float32],
     seed: int,
     false_reject: float,
 ) -> Robustness:
+    """From what each image was answered in each condition, (conditions, n)."""
     shape = len(CORRUPTIONS), len(SEVERITIES)
-    errors = (1 - right.mean(axis=1)).reshape(shape)
+    wrong = ~right.reshape(*shape, -1)
+    errors = wrong.mean(axis=2)
     eces = np.asarray([expected_calibration_error(*one) for one in zip(confidence, right, strict=True)]).reshape(shape)
+    ece_draws = np.stack(
+        [
+            calibration_error_draws(of_all, rightly, seed=seed)
+            for of_all, rightly in zip(_by_severity(confidence), _by_severity(right), strict=True)
+        ],
+        axis=2,
+    )  # (draws, corruptions, severities)
     clean = score(queries.embeddings, bundle.base, bundle.manifest.calibration)
     labels = np.asarray(bundle.base.clusters.labels, dtype=np.str_)[clean.best]
-    wrong = 1 - right.mean(axis=0)
-    mean = bootstrap_means(wrong[:, None], seed=seed)[0]
+    mean, *by_severity = bootstrap_means(np.stack([wrong.mean(axis=(0, 1)), *wrong.mean(axis=0)], axis=1), seed=seed)
     return Robustness(
         images=len(queries),
         seed=seed,
         input_size=bundle.manifest.encoder.input_size,
         clean_error=float((labels != queries.labels).mean()),
         mean_error=mean.value,
-        mean_error_interval=(mean.low, mean.high),
+        mean_error_interval=mean.bounds,
         error_by_severity=tuple(errors.mean(axis=0).tolist()),
+        error_by_severity_intervals=tuple(one.bounds for one in by_severity),
         ece_by_severity=tuple(eces.mean(axis=0).tolist()),
-        errors=_by_name(errors),
-        error_intervals=_intervals(~right, seed),
-        refused=_by_name(refused.mean(axis=1).reshape(shape)),
-        refused_intervals=_intervals(refused, seed),
-        eces=_by_name(eces),
-        wrong=wrong,
+        ece_by_severity_intervals=_intervals(eces.mean(axis=0), ece_draws.mean(axis=1)),
+        errors=_by_name(errors.tolist()),
+        error_intervals=_by_name(_means(~right, seed)),
+        refused=_by_name(refused.mean(axis=1).reshape(shape).tolist()),
+        refused_intervals=_by_name(_means(refused, seed)),
+        eces=_by_name(eces.tolist()),
+        ece_intervals=_by_name([_intervals(*one) for one in zip(eces, ece_draws.swapaxes(0, 1), strict=True)]),
+        wrong=wrong.mean(axis=1).T,
     )
 
 
-def _by_name(values: NDArray[np.float64]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(row) for name, row in zip(CORRUPTIONS, values.tolist(), strict=True)}
+def _by_severity(values: NDArray[Any]) -> NDArray[Any]:
+    """(conditions, n) as (severities, corruptions, n)."""
+    return values.reshape(len(CORRUPTIONS), len(SEVERITIES), -1).swapaxes(0, 1)
 
 
-def _intervals(values: NDArray[np.bool_], seed: int) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Of the mean of each condition's `values` (conditions, n)."""
-    each = [(one.low, one.high) for one in bootstrap_means(values.T, seed=seed)]
-    steps = range(0, len(each), len(SEVERITIES))
-    return dict(zip(CORRUPTIONS, (tuple(each[at : at + len(SEVERITIES)]) for at in steps), strict=True))
+def _by_name(values: Sequence[Sequence[T]]) -> dict[str, tuple[T, ...]]:
+    """Values of each corruption at each severity."""
+    return {name: tuple(row) for name, row in zip(CORRUPTIONS, values, strict=True)}
+
+
+def _means(values: NDArray[np.bool_], seed: int) -> list[list[Bounds]]:
+    """Intervals of the mean of each condition's `values` (conditions, n)."""
+    each = [one.bounds for one in bootstrap_means(values.T, seed=seed)]
+    return [each[at : at + len(SEVERITIES)] for at in range(0, len(each), len(SEVERITIES))]
+
+
+def _intervals(values: NDArray[np.float64], drawn: NDArray[np.float64]) -> tuple[Bounds, ...]:
+    """Of k values (k,) from their draws (draws, k)."""
+    return tuple(interval(value, of).bounds for value, of in zip(values.tolist(), drawn.T, strict=True))

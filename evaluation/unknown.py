@@ -10,27 +10,27 @@ from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
 from coterie.errors import DataError
 from coterie.gallery import Snapshot
-from coterie.intervals import Interval, bootstrap, bootstrap_means
-from coterie.metrics import auroc, average_precision, known_rejected_at_95, oscr, unknown_accepted_at_95
+from coterie.intervals import Interval, bootstrap_counts, bootstrap_means, interval
 from coterie.reference import LabelledVectors
 from evaluation.queries import Queries
+from evaluation.rejection import Counts, rejection, rejection_draws
 
 __all__ = [
-    "DRAWS",
     "RANDOM",
     "HeldOut",
     "UnknownResult",
     "check_split",
     "hold_out",
     "mean_auroc",
+    "mean_auroc_draws",
     "measure_unknown",
     "random_splits",
 ]
 
 RANDOM = "random"
 SPLITS, UNKNOWN_SHARE = 5, 0.4  # of ten classes four, as the splits that open-set papers share (arXiv 2110.06207)
-# AUROC, AUPR and OSCR sort all images in each draw.
-DRAWS = 200
+# Draws times images at once: a dozen arrays of 8 MB.
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class UnknownResult:
         known_rejected_at_95: FPR95 of OpenOOD: share of the known rejected where 95 % of the unknown are.
         intervals: low and high of each.
         similarities: of the unknown images to their most probable class, (n,).
-        known_scores, unknown_scores: what was compared, higher for images that look known; (m,) and (n,).
+        draws: of each, what the intervals are taken from, (draws,); of bundles on the same images they are paired.
     """
 
     data: str | None
@@ -61,8 +61,7 @@ class UnknownResult:
     known_rejected_at_95: float
     intervals: dict[str, tuple[float, float]]
     similarities: NDArray[np.float64] = field(repr=False)
-    known_scores: NDArray[np.float64] = field(repr=False)
-    unknown_scores: NDArray[np.float64] = field(repr=False)
+    draws: dict[str, NDArray[np.float64]] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,26 +82,35 @@ class HeldOut:
 def measure_unknown(
     known: Scores, right: NDArray[np.bool_], strange: Scores, limit: float, *, data: str | None = None, seed: int = 0
 ) -> UnknownResult:
-    """Measure from the scores of known images, whether their labels are right (n,), and those of unknown ones."""
-    near, far = -known.deviations, -strange.deviations
-    accepted = strange.accepted(limit)
-    measures: dict[str, Interval] = {
-        "accepted": bootstrap_means(accepted[:, None], seed=seed)[0],
-        "auroc": bootstrap(auroc, (near,), (far,), draws=DRAWS, seed=seed),
-        "aupr": bootstrap(average_precision, (near,), (far,), draws=DRAWS, seed=seed),
-        "aupr_unknown": bootstrap(lambda k, u: average_precision(-u, -k), (near,), (far,), draws=DRAWS, seed=seed),
-        "oscr": bootstrap(oscr, (near, right), (far,), draws=DRAWS, seed=seed),
-        "unknown_accepted_at_95": bootstrap(unknown_accepted_at_95, (near,), (far,), draws=DRAWS, seed=seed),
-        "known_rejected_at_95": bootstrap(known_rejected_at_95, (near,), (far,), draws=DRAWS, seed=seed),
-    }
+    """Measure from the scores of known images, whether their labels are right (m,), and those of unknown ones."""
+    m, n = len(right), len(strange.deviations)
+    step = max(1, BLOCK // (m + n))
+    draws = zip(
+        bootstrap_counts(m, seed=seed, at_once=step), bootstrap_counts(n, seed=(seed, 1), at_once=step), strict=True
+    )
+    return _measured(known, right, strange, limit, draws, data)
+
+
+def _measured(
+    known: Scores,
+    right: NDArray[np.bool_],
+    strange: Scores,
+    limit: float,
+    counts: Iterable[Counts],
+    data: str | None = None,
+) -> UnknownResult:
+    """Measure, with the intervals of these draws."""
+    near, far, accepted = -known.deviations, -strange.deviations, strange.accepted(limit)
+    values = rejection(near, right, far, accepted)
+    drawn = rejection_draws(near, right, far, accepted, counts)
+    bounds = {name: interval(value, drawn[name]) for name, value in values.items()}
     return UnknownResult(
         data=data,
         images=len(far),
-        **{name: found.value for name, found in measures.items()},
-        intervals={name: (found.low, found.high) for name, found in measures.items()},
+        **values,
+        intervals={name: one.bounds for name, one in bounds.items()},
         similarities=strange.joint,
-        known_scores=near,
-        unknown_scores=far,
+        draws=drawn,
     )
 
 
@@ -156,21 +164,18 @@ def hold_out(
     calibration = bundle.manifest.calibration
     known, unknown = (score(queries.embeddings[rows], rest, calibration) for rows in (~out, out))
     right = np.asarray(rest.clusters.labels, dtype=np.str_)[known.best] == queries.labels[~out]
-    found = measure_unknown(known, right, unknown, calibration.limit(false_reject), seed=seed)
+    step = max(1, BLOCK // len(out))
+    counts = ((drawn[:, ~out], drawn[:, out]) for drawn in bootstrap_counts(len(out), seed=seed, at_once=step))
+    found = _measured(known, right, unknown, calibration.limit(false_reject), counts)
     top1 = bootstrap_means(right[:, None], seed=seed)[0]
-    return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, (top1.low, top1.high), found)
+    return HeldOut(tuple(sorted(set(classes))), len(right), top1.value, top1.bounds, found)
 
 
-def mean_auroc(splits: Sequence[HeldOut], labels: NDArray[np.str_], seed: int = 0) -> Interval:
-    """Mean AUROC over splits of the same queries, whose labels are (n,): each draw takes the same images for all."""
-    out = np.stack([np.isin(labels, split.classes) for split in splits], axis=1)  # (n, splits)
-    scores = np.empty(out.shape)
-    for column, split in enumerate(splits):
-        scores[~out[:, column], column] = split.unknown.known_scores
-        scores[out[:, column], column] = split.unknown.unknown_scores
+def mean_auroc(splits: Sequence[HeldOut]) -> Interval:
+    """Mean AUROC over splits of the same queries."""
+    return interval(float(np.mean([split.unknown.auroc for split in splits])), mean_auroc_draws(splits))
 
-    def mean(out: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-        found = [auroc(own[~left], own[left]) for left, own in zip(out.T, scores.T, strict=True)]
-        return float(np.mean(found))
 
-    return bootstrap(mean, (out, scores), draws=DRAWS, seed=seed)
+def mean_auroc_draws(splits: Sequence[HeldOut]) -> NDArray[np.float64]:
+    """Its bootstrap draws, (draws,): each is of the same images for all splits."""
+    return np.asarray(np.mean([split.unknown.draws["auroc"] for split in splits], axis=0))

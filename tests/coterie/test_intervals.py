@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, bootstrap
 
-from coterie.intervals import bootstrap, bootstrap_means, bootstrap_sums, mcnemar
+from coterie.intervals import bootstrap_counts, bootstrap_means, bootstrap_sums, mcnemar
 
 
 def test_sums_are_those_of_rows_drawn_with_replacement() -> None:
@@ -17,13 +17,20 @@ def test_sums_are_those_of_rows_drawn_with_replacement() -> None:
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
-def test_the_mean_path_is_the_general_one_in_distribution() -> None:
+def test_the_interval_of_a_mean_is_scipys() -> None:
     right = (np.random.default_rng(1).random(400) < 0.8).astype(np.float64)
-    fast = bootstrap_means(right[:, None], draws=4000)[0]
-    slow = bootstrap(lambda x: float(x.mean()), (right,), draws=4000, seed=1)
-    assert fast.value == slow.value == right.mean()
-    assert fast.low == pytest.approx(slow.low, abs=0.005)
-    assert fast.high == pytest.approx(slow.high, abs=0.005)
+    found = bootstrap_means(right[:, None], draws=4000)[0]
+    other = bootstrap((right,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert found.value == right.mean()
+    assert found.bounds == pytest.approx((other.low, other.high), abs=0.005)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_draws_are_the_same_however_many_are_made_at_once(at_once: int) -> None:
+    whole = np.concatenate(list(bootstrap_counts(50, draws=20, seed=5)))
+    np.testing.assert_array_equal(np.concatenate(list(bootstrap_counts(50, draws=20, seed=5, at_once=at_once))), whole)
+    assert (whole.sum(axis=1) == 50).all()
+    assert not np.array_equal(np.concatenate(list(bootstrap_counts(50, draws=20, seed=(5, 1)))), whole)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -40,7 +47,7 @@ def test_nan_rows_do_not_count_and_nothing_is_nan() -> None:
     first, second = bootstrap_means(values, draws=200)
     assert first.value == 0.5
     assert np.isnan([second.value, second.low, second.high]).all()
-    assert np.isnan(bootstrap(lambda x: float("nan"), (np.empty(0),)).low)
+    assert np.isnan(bootstrap_means(np.empty((0, 1)))[0].bounds).all()
 
 
 def test_one_seed_one_answer() -> None:

@@ -66,7 +66,9 @@ def test_each_corruption_stands_beside_the_others_bundles(page, study):
     ratios = study.comparisons[0].relative_errors
     assert ratios
     for name, ratio in ratios.items():
-        assert f"<td>{name.replace('_', ' ')}</td><td>{ratio:.1%}</td>" in page
+        low, high = (f"{bound:.1%}" for bound in study.comparisons[0].relative_error_intervals[name])
+        shown = f'{ratio:.1%} <span class="soft bounds">{low} … {high}</span>'
+        assert f"<td>{name.replace('_', ' ')}</td><td>{shown}</td>" in page
 
 
 def test_why_many_classes_have_no_confusion_figure_is_said(tiny_bundle, study, tmp_path):

@@ -108,10 +108,20 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
         assert found.refused[name][severity - 1] == pytest.approx(refused, abs=1e-6)
     errors = np.asarray(list(found.errors.values()))
     assert errors.shape == (15, 5)
-    for shares, intervals in ((found.errors, found.error_intervals), (found.refused, found.refused_intervals)):
+    for shares, intervals in (
+        (found.errors, found.error_intervals),
+        (found.refused, found.refused_intervals),
+        ({"all": found.error_by_severity}, {"all": found.error_by_severity_intervals}),
+    ):
         values, bounds = np.asarray(list(shares.values())), np.asarray(list(intervals.values()))
+        assert bounds.shape == (*values.shape, 2)
         assert (bounds[..., 0] <= values + 1e-6).all() and (values <= bounds[..., 1] + 1e-6).all()
         assert (bounds[..., 0] < bounds[..., 1]).any()
+    ece_bounds = np.asarray(list(found.ece_intervals.values()))  # a calibration error is larger in a draw
+    assert (ece_bounds[..., 1] >= np.asarray(list(found.eces.values())) - 1e-6).all()
+    of_means = np.asarray(found.ece_by_severity_intervals)
+    assert (of_means[:, 0] >= ece_bounds[..., 0].min(axis=0)).all()
+    assert (of_means[:, 1] <= ece_bounds[..., 1].max(axis=0)).all()
     assert list(found.errors) == list(CORRUPTIONS)
     assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
@@ -121,11 +131,15 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
 def test_relative_errors_are_ratios_of_sums_and_their_mean(study):
     one, two = study.robustness
     ratios = {name: sum(one.errors[name]) / sum(two.errors[name]) for name in CORRUPTIONS if sum(two.errors[name])}
-    assert relative_errors(one, two) == pytest.approx(ratios)
+    found, mean = relative_errors(one, two)
+    assert {name: ratio.value for name, ratio in found.items()} == pytest.approx(ratios)
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in found.values())
+    assert mean.low < mean.value < mean.high
     (comparison,) = study.comparisons
     assert comparison.relative_errors == pytest.approx(ratios)
     assert comparison.relative_corruption_error == pytest.approx(np.mean(list(ratios.values())))
-    assert set(relative_errors(one, one).values()) == {1}
+    assert comparison.relative_corruption_error_interval == mean.bounds
+    assert {ratio.bounds for ratio in relative_errors(one, one)[0].values()} == {(1, 1)}
     assert study.to_json()["comparisons"][0]["relative_errors"] == pytest.approx(ratios)
 
 
@@ -155,8 +169,10 @@ def test_the_mean_auroc_of_the_splits_is_drawn_with_the_same_images_for_all(stud
         low, high = result.intervals["held_out_auroc"]
         assert low < result.held_out_auroc < high
     first = study.first
-    twice = mean_auroc([first.held_out[0]] * 2, study.queries.labels)
-    assert twice == mean_auroc(first.held_out[:1], study.queries.labels)
+    assert mean_auroc([first.held_out[0]] * 2) == mean_auroc(first.held_out[:1])
+    less = study.comparisons[0]["held_out_auroc"]
+    assert less.difference == pytest.approx(first.held_out_auroc - study.evaluations[1].held_out_auroc)
+    assert less.low < less.difference < less.high
 
 
 def test_the_json_says_what_it_was_made_from(study):
