@@ -83,26 +83,26 @@ def compare(
     differences = [_difference(name, one.measures[name], two.measures[name], seed) for name in RATES + MEANS]
     eces = [calibration_error_draws(of.confidence[None], of.right[None], seed=seed)[:, 0] for of in (one, two)]
     differences.append(_difference_of_draws("ece", first.ece, other.ece, *eces))
-    if first.unknown and other.unknown:
+    if first.unknown and other.unknown and first.unknown.data == other.unknown.data:
         of_first, of_other = first.unknown, other.unknown
         aurocs = of_first.draws["auroc"], of_other.draws["auroc"]
         differences.append(_difference_of_draws("unknown_auroc", of_first.auroc, of_other.auroc, *aurocs))
-    if first.held_out and other.held_out:
+    if first.held_out and [split.classes for split in first.held_out] == [split.classes for split in other.held_out]:
         aurocs = mean_auroc_draws(first.held_out), mean_auroc_draws(other.held_out)
-        values = first.held_out_auroc, other.held_out_auroc
-        differences.append(_difference_of_draws("held_out_auroc", *values, *aurocs))
+        means = first.held_out_auroc, other.held_out_auroc
+        differences.append(_difference_of_draws("held_out_auroc", *means, *aurocs))
     if not robustness:
         return Comparison(*names, tuple(differences))
-    wrong = [found.wrong.mean(axis=1) for found in robustness]
-    differences.append(_difference("corruption_error", *wrong, seed))
+    own, others = (found.wrong.mean(axis=1) for found in robustness)
+    differences.append(_difference("corruption_error", own, others, seed))
     ratios, mean = relative_errors(*robustness, seed=seed)
     return Comparison(
         *names,
         tuple(differences),
-        mean.value,
-        mean.bounds,
-        {name: one.value for name, one in ratios.items()},
-        {name: one.bounds for name, one in ratios.items()},
+        relative_corruption_error=mean.value,
+        relative_corruption_error_interval=mean.bounds,
+        relative_errors={name: one.value for name, one in ratios.items()},
+        relative_error_intervals={name: one.bounds for name, one in ratios.items()},
     )
 
 

@@ -96,7 +96,7 @@ def _measured(
     return {name: np.where(pairs == 0, np.nan, values) for name, values in found.items()}
 
 
-def _dot(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+def _dot(first: NDArray[np.float32], second: NDArray[np.floating]) -> NDArray[np.float64]:
     """Of each row, in double precision, for pairs of images are many."""
     return np.asarray(np.einsum("ds,ds->d", first, second, dtype=np.float64))
 

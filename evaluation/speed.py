@@ -34,7 +34,7 @@ def measure_speed(bundle: Bundle, queries: Queries) -> Speed:
     rows, times = np.resize(np.arange(len(queries)), SINGLE + 5), []
     for row in rows:
         began = time.perf_counter()
-        bundle.classify(queries.images.pixels[row][None])  # type: ignore[arg-type]
+        bundle.classify(queries.images.pixels[row][None])
         times.append(time.perf_counter() - began)
     p50, p95 = np.quantile(times[5:], [0.5, 0.95]) * 1e3  # the first ones warm up
     encoder = bundle.encoder
