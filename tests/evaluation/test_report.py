@@ -16,15 +16,6 @@ from evaluation.study import Study, Wanted, run_study
 
 
 @pytest.fixture(scope="module")
-def study(tiny_bundle, digit_tree_of, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    known = digit_tree_of(folder / "known", classes=range(8), per_class=6, skip=100)
-    unknown = digit_tree_of(folder / "unknown", classes=(8, 9), per_class=6)
-    wanted = Wanted(unknown=unknown, hold_out="1,2", corruptions=True, few_shot=True, device="cpu")
-    return run_study(tiny_bundle.path, known, [tiny_bundle.path], wanted)
-
-
-@pytest.fixture(scope="module")
 def page(study, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(study, path)

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from coterie.bundle import Bundle
-from tests.serving.browser import CHROMIUM, Tab, browsing
+from tests.browser import CHROMIUM, Tab, browsing
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
