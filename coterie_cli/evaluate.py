@@ -1,6 +1,5 @@
 """`coterie evaluate`: its options, and what it shows of the result."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +70,7 @@ def evaluate(
     Or: coterie evaluate bundles/photos-int8 photos/test --compare bundles/photos --max-drop 0.005
     """
     from coterie.files import write_text
+    from evaluation.plain import as_text
     from evaluation.study import Gate, Wanted, check_wanted, run_study
 
     wanted = Wanted(unknown, hold_out, false_reject, corruptions, few_shot, seed, strict, device, threads)
@@ -82,7 +82,7 @@ def evaluate(
     show_rejected(study.first.rejected)
     _show(study)
     if json_file:
-        write_text(json_file, json.dumps(study.to_json(), indent=1) + "\n")
+        write_text(json_file, as_text(study.to_json()))
     if report:
         from evaluation.report import write_report
 

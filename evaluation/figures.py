@@ -272,7 +272,7 @@ def _corruptions(study: Study) -> "Figure":
 
 
 def _severity(study: Study) -> "Figure":
-    figure = _figure(xaxis={"title": "severity, 0 being the images as they are", "dtick": 1})
+    figure = _figure(xaxis={"title": "severity (0: images as they are)", "dtick": 1})
     figure.update_yaxes(title="share wrong; dotted: ECE", rangemode="tozero")
     for name, found, result, colour in zip(study.names, study.robustness, study.evaluations, COLOURS, strict=False):
         low, high = result.intervals["top1"]

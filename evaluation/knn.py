@@ -4,12 +4,12 @@ python -m evaluation.knn BUNDLE DATA [--compare OTHER] [--unknown DATA] [--hold-
 """
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
 
 from coterie.errors import CoterieError, CoterieWarning
+from evaluation.plain import as_text
 from evaluation.study import Gate, Wanted, check_wanted, run_study
 
 __all__ = ["main"]
@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CoterieError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    json.dump(study.to_json(), sys.stdout, indent=1)
-    print()
+    print(as_text(study.to_json()), end="")
     if failures := gate.failures(study):
         print(f"error: {'; '.join(failures)}", file=sys.stderr)
         return 1

@@ -1,13 +1,18 @@
 """Results as plain values for JSON: numbers that were not measured become null."""
 
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["plain"]
+__all__ = ["as_text", "plain"]
+
+# A list of numbers over several lines, which no string of a JSON text can hold.
+NUMBERS = re.compile(r"\[\n[-+.,\s\dEenul]+\]")
 
 
 def plain(value: Any) -> Any:
@@ -26,3 +31,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """Plain values as a JSON text with each list of numbers on one line.
+
+    >>> print(as_text({"interval": [0.5, None], "classes": ["a"]}), end="")
+    {
+     "interval": [0.5, null],
+     "classes": [
+      "a"
+     ]
+    }
+    """
+    text = json.dumps(values, indent=1, allow_nan=False)
+    return NUMBERS.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text) + "\n"

@@ -58,7 +58,7 @@ def test_each_corruption_stands_beside_the_others_bundles(page, study):
     assert ratios
     for name, ratio in ratios.items():
         low, high = (f"{bound:.1%}" for bound in study.comparisons[0].relative_error_intervals[name])
-        shown = f'{ratio:.1%} <span class="soft bounds">{low} … {high}</span>'
+        shown = f'{ratio:.1%} <span class="soft below">{low} … {high}</span>'
         assert f"<td>{name.replace('_', ' ')}</td><td>{shown}</td>" in page
 
 
