@@ -87,20 +87,20 @@ def relative_errors(
     """Corruption errors relative to a baseline's (arXiv 1903.12261, section 4.1), 1 being as bad, and their mean, mCE.
 
     Of each corruption the sum of the errors over severities divided by the baseline's; corruptions under which the
-    baseline makes no mistake are left out. A bootstrap draw is of the same images for both.
+    baseline makes no mistake are left out, also in a bootstrap draw, which is of the same images for both.
     """
     names = [name for name, errors in baseline.errors.items() if sum(errors) > 0]
     some = [list(CORRUPTIONS).index(name) for name in names]
     own, other = robustness.wrong[:, some], baseline.wrong[:, some]
     drawn = bootstrap_sums(np.concatenate([own, other], axis=1), seed=seed).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = own.sum(axis=0) / other.sum(axis=0)
-        draws = drawn[:, : len(names)] / drawn[:, len(names) :]
-    draws[~np.isfinite(draws)] = np.nan  # draws in which the baseline makes no mistake do not count
+    ratios = own.sum(axis=0) / other.sum(axis=0)
+    sums, others = drawn[:, : len(names)], drawn[:, len(names) :]
+    draws = np.divide(sums, others, out=np.full_like(sums, np.nan), where=others > 0)
     found = {name: interval(float(ratio), of) for name, ratio, of in zip(names, ratios, draws.T, strict=True)}
     if not names:
         return {}, Interval(float("nan"), float("nan"), float("nan"))
-    return found, interval(float(ratios.mean()), draws.mean(axis=1))
+    some_left = ~np.isnan(draws).all(axis=1)
+    return found, interval(float(ratios.mean()), np.nanmean(draws[some_left], axis=1))
 
 
 def _measure(
