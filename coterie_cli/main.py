@@ -15,7 +15,8 @@ from coterie_cli.bundle import bundle_app, push_bundle
 from coterie_cli.evaluate import evaluate
 from coterie_cli.gallery import gallery_app
 from coterie_cli.keys import KeyFile, key_app
-from coterie_cli.options import FORMS, BundlePath, Data, Device, Strict, Threads, console, show_rejected
+from coterie_cli.options import FORMS, BundlePath, Data, Device, Group, Strict, Threads, console, show_rejected
+from coterie_cli.sweep import sweep
 
 app = typer.Typer(
     name="coterie",
@@ -33,14 +34,6 @@ EXTRAS = dict.fromkeys(
     ("torch", "torchvision", "timm", "onnx", "safetensors", "pytorch_metric_learning", "yaml"), "train"
 ) | {"plotly": "report"}
 
-Group = Annotated[
-    str | None,
-    typer.Option(
-        help="Keep images of one object on one side of the split: the column that names it, or for a folder a "
-        "regular expression whose first group finds it in the path below the class.",
-        show_default=False,
-    ),
-]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 
 
@@ -254,6 +247,7 @@ def embed(
 
 
 app.command()(evaluate)
+app.command()(sweep)
 
 
 def _more(variable: str, text: str) -> Any:

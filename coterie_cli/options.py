@@ -6,12 +6,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-__all__ = ["FORMS", "BundlePath", "Data", "Device", "Strict", "Threads", "console", "show_rejected"]
+__all__ = ["FORMS", "BundlePath", "Data", "Device", "Group", "Strict", "Threads", "console", "show_rejected"]
 
 FORMS = "a folder with one folder of images per class, or a .csv or .parquet file with a row for each image"
 Data = Annotated[Path, typer.Argument(help=f"Labelled images: {FORMS}.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep images of one object on one side of the split: the column that names it, or for a folder a "
+        "regular expression whose first group finds it in the path below the class.",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
