@@ -89,7 +89,8 @@ def evaluate(
         aurc=aurc.value,
         held_out_auroc=of_splits["held_out_auroc"].value if splits else float("nan"),
         selective=selective,
-        risks=risks,
+        risks=tuple(one.value for one in risks),
+        risk_intervals=tuple(one.bounds for one in risks),
         intervals={
             **_intervals(answers, seed),
             **of_classes,
