@@ -91,7 +91,7 @@ def bootstrap_tallies(
         for block in bootstrap_counts(n, draws=draws, seed=seed)
         for drawn in block
     ]
-    return np.reshape(tallies, (draws, m, count)).swapaxes(0, 1)
+    return np.asarray(tallies, dtype=np.float64).reshape(draws, m, count).swapaxes(0, 1)
 
 
 def bootstrap_means(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> list[Interval]:
