@@ -17,6 +17,7 @@ __all__ = [
     "bootstrap_counts",
     "bootstrap_means",
     "bootstrap_sums",
+    "bootstrap_tallies",
     "interval",
     "mcnemar",
 ]
@@ -67,6 +68,30 @@ def bootstrap_sums(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -
     """
     columns = values.astype(np.float32)
     return np.concatenate([counts @ columns for counts in bootstrap_counts(len(values), draws=draws, seed=seed)])
+
+
+def bootstrap_tallies(
+    groups: NDArray[np.int64], count: int, *, draws: int = DRAWS, seed: int = 0
+) -> NDArray[np.float64]:
+    """How many rows of each of `count` groups are in each draw, (m, draws, count).
+
+    What `bootstrap_sums` makes of a column for each group, without those n · count numbers.
+
+    Args:
+        groups: of which group each of n rows is, in each of m divisions, (m, n); −1 of none.
+
+    >>> bootstrap_tallies(np.array([[0, 0, 0, -1], [1, 1, 1, 1]]), 2, draws=1).sum(axis=1).tolist()
+    [[3.0, 0.0], [0.0, 4.0]]
+    """
+    m, n = groups.shape
+    some, rows = groups >= 0, np.broadcast_to(np.arange(n), groups.shape)
+    cells, rows = (groups + np.arange(m)[:, None] * count)[some], rows[some]
+    tallies = [
+        np.bincount(cells, weights=drawn[rows], minlength=m * count)
+        for block in bootstrap_counts(n, draws=draws, seed=seed)
+        for drawn in block
+    ]
+    return np.asarray(tallies, dtype=np.float64).reshape(draws, m, count).swapaxes(0, 1)
 
 
 def bootstrap_means(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> list[Interval]:

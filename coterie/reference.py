@@ -51,14 +51,12 @@ class LabelledVectors:
     def classes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.classes[rows]
 
-    def without(self, row: int) -> "LabelledVectors":
-        """These less the class `row`."""
-        kept = self.classes != row
-        embeddings, classes = self.embeddings[kept], self.classes[kept]
-        label = self.clusters.labels[row]
-        return LabelledVectors(
-            embeddings, classes - (classes > row), self.clusters.with_class(label, embeddings[:0], embeddings)
-        )
+    def without(self, *rows: int) -> "LabelledVectors":
+        """These less the classes `rows`."""
+        kept = np.setdiff1d(np.arange(len(self.clusters)), rows)
+        some = np.isin(self.classes, kept)
+        classes = np.searchsorted(kept, self.classes[some])
+        return LabelledVectors(self.embeddings[some], classes, self.clusters.select(kept.tolist()))
 
     def with_class(self, label: str, members: NDArray[np.float32]) -> "LabelledVectors":
         """These and the embeddings (m, d) of a class that is not among them, as if it had just been enrolled."""

@@ -1,5 +1,6 @@
 """`coterie evaluate`: its options, and what it shows of the result."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from coterie.errors import GateFailed
+from coterie.errors import CoterieError, GateFailed
 from coterie_cli.options import BundlePath, Data, Device, Strict, Threads, console, show_rejected
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def evaluate(
     wanted = Wanted(unknown, hold_out, false_reject, corruptions, few_shot, seed, strict, device, threads)
     gate = Gate(min_top1, max_ece, max_drop)
     check_wanted(wanted, gate, compare or [])
+    for option, file in (("--report", report), ("--json", json_file)):
+        if file and file.is_dir():
+            raise CoterieError(f"{option} {file} is a folder: name a file in it")
     if report:
         import plotly  # noqa: F401  that it is not here is said before any work
     study = run_study(bundle, data, compare or [], wanted)
@@ -132,15 +136,19 @@ def _compared(comparison: "Comparison") -> Table:
         table.add_column(Text(column), justify="right" if table.columns else "left")
     for one in comparison.differences:
         p = "" if one.p is None else f"{one.p:.3g}"
-        bounds = f"{one.low:+.4f} … {one.high:+.4f}"
+        bounds = f"{_number(one.low, '+')} … {_number(one.high, '+')}"
         name = one.measure.replace("_", " ")
-        table.add_row(name, f"{one.first:.4f}", f"{one.other:.4f}", f"{one.difference:+.4f}", bounds, p)
+        table.add_row(name, _number(one.first), _number(one.other), _number(one.difference, "+"), bounds, p)
     return table
 
 
 def _add(table: Table, row: str, result: "Evaluation", name: str) -> None:
-    table.add_row(row, f"{getattr(result, name):.4f}", _range(result.intervals[name]))
+    table.add_row(row, _number(getattr(result, name)), _range(result.intervals[name]))
 
 
 def _range(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:.4f} … {bounds[1]:.4f}"
+    return f"{_number(bounds[0])} … {_number(bounds[1])}"
+
+
+def _number(value: float, sign: str = "-") -> str:
+    return "–" if math.isnan(value) else f"{value:{sign}.4f}"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from coterie.bundle import Bundle
 from coterie.classifier import Scores, score
 from coterie.gallery import Snapshot
-from coterie.intervals import bootstrap_means, bootstrap_sums, interval
+from coterie.intervals import bootstrap_means, bootstrap_tallies, interval
 from coterie.metrics import (
     balanced_accuracy,
     class_rates,
@@ -89,7 +89,8 @@ def evaluate(
         aurc=aurc.value,
         held_out_auroc=of_splits["held_out_auroc"].value if splits else float("nan"),
         selective=selective,
-        risks=risks,
+        risks=tuple(one.value for one in risks),
+        risk_intervals=tuple(one.bounds for one in risks),
         intervals={
             **_intervals(answers, seed),
             **of_classes,
@@ -155,8 +156,10 @@ def _votes(scores: Scores, snapshot: Snapshot, k: int) -> NDArray[np.float64]:
 
 def _knn(scores: Scores, snapshot: Snapshot, truth: NDArray[np.int64], seed: int) -> tuple[Knn, ...]:
     ks = sorted({min(k, scores.neighbors.shape[1]) for k in KS})
-    votes = {k: _votes(scores, snapshot, k) for k in ks}
-    right = [top_k(votes[k], truth, min(most, k)) for k in ks for most in (1, 5)]
+    right: list[NDArray[np.bool_]] = []
+    for k in ks:
+        votes = _votes(scores, snapshot, k)  # one k at a time: with many classes these are large
+        right += [top_k(votes, truth, min(most, k)) for most in (1, 5)]
     found = bootstrap_means(np.stack(right, axis=1), seed=seed)
     return tuple(
         Knn(k, one.value, one.bounds, five.value, five.bounds)
@@ -182,12 +185,12 @@ def _per_class(
 ) -> tuple[tuple[ClassResult, ...], dict[str, tuple[float, float]]]:
     """Each class, and the intervals of what is a mean over them."""
     names, rates = np.asarray(classes, dtype=np.str_), class_rates(table)
-    own, named = labels[:, None] == names, answers.predicted[:, None] == names  # (n, c)
-    accepted = own & (answers.measures["accepted_top1"] > 0)[:, None]
-    sums = bootstrap_sums(np.concatenate([own & named, own, named, accepted], axis=1), seed=seed)
-    right, images, answered, taken = np.split(sums.astype(np.float64), 4, axis=1)
+    own, named = np.searchsorted(names, labels), np.searchsorted(names, answers.predicted)
+    accepted = np.where(answers.measures["accepted_top1"] > 0, own, -1)
+    groups = np.stack([np.where(own == named, own, -1), own, named, accepted])
+    right, images, answered, taken = bootstrap_tallies(groups, len(classes), seed=seed)
     with np.errstate(invalid="ignore"):
-        shares = accepted.sum(axis=0) / own.sum(axis=0)
+        shares = np.bincount(accepted[accepted >= 0], minlength=len(classes)) / rates.images
         drawn = {
             "precision": right / answered,
             "recall": right / images,

@@ -117,10 +117,24 @@ def _reliability(result: Evaluation) -> "Figure":
 def _coverage(study: Study) -> "Figure":
     figure = _figure(xaxis={"title": "share of images answered", "range": [0, 1.01]})
     figure.update_yaxes(title="share of them wrong", rangemode="tozero")
+    shares = [percent / 100 for percent in range(1, 101)]
     for name, result, colour in zip(study.names, study.evaluations, COLOURS, strict=False):
+        low, high = zip(*result.risk_intervals, strict=True)
         figure.add_scatter(
-            x=[percent / 100 for percent in range(1, 101)],
+            x=shares + shares[::-1],
+            y=[*high, *low[::-1]],
+            mode="none",
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.15,
+            hoverinfo="skip",
+            legendgroup=name,
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=shares,
             y=list(result.risks),
+            legendgroup=name,
             mode="lines",
             line={"color": colour},
             name=f"{name} (AURC {result.aurc:.4f})",
@@ -275,11 +289,10 @@ def _severity(study: Study) -> "Figure":
     figure = _figure(xaxis={"title": "severity (0: images as they are)", "dtick": 1})
     figure.update_yaxes(title="share wrong; dotted: ECE", rangemode="tozero")
     for name, found, result, colour in zip(study.names, study.robustness, study.evaluations, COLOURS, strict=False):
-        low, high = result.intervals["top1"]
         errors = found.clean_error, *found.error_by_severity
         eces = result.ece, *found.ece_by_severity
         for values, bounds, dash, shown in (
-            (errors, ((1 - high, 1 - low), *found.error_by_severity_intervals), "solid", name),
+            (errors, (found.clean_error_interval, *found.error_by_severity_intervals), "solid", name),
             (eces, (result.intervals["ece"], *found.ece_by_severity_intervals), "dot", f"{name}, ECE"),
         ):
             figure.add_scatter(

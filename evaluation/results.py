@@ -105,7 +105,7 @@ class Evaluation:
             calibration; 15 bins, top label.
         aurc: mean risk over all coverages.
         selective: accuracy of the most confident share, for a few shares.
-        risks: share wrong among the most confident 1, 2, … 100 per cent.
+        risks: share wrong among the most confident 1, 2, … 100 per cent; `risk_intervals` theirs.
         silhouette: of the queries' own embeddings, by cosine distance.
         held_out_auroc: mean over the splits of `held_out`.
         knn: over a range of k, as far as the gallery has so many items.
@@ -145,6 +145,7 @@ class Evaluation:
     held_out_auroc: float
     selective: tuple[Selective, ...]
     risks: tuple[float, ...]
+    risk_intervals: tuple[tuple[float, float], ...]
     intervals: dict[str, tuple[float, float]]
     knn: tuple[Knn, ...]
     per_class: tuple[ClassResult, ...]

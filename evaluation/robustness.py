@@ -41,6 +41,7 @@ class Robustness:
         eces: expected calibration error, 15 bins.
         mean_error: over all corruptions and severities, unweighted, as the CIFAR literature has it.
         error_by_severity, ece_by_severity: means over corruptions.
+        clean_error: of the images as they are.
         error_intervals and others: low and high of each of the former, by a bootstrap over images.
         wrong: share of the severities of each corruption at which each image was wrong, (n, corruptions).
     """
@@ -49,6 +50,7 @@ class Robustness:
     seed: int
     input_size: tuple[int, int]
     clean_error: float
+    clean_error_interval: Bounds
     mean_error: float
     mean_error_interval: tuple[float, float]
     error_by_severity: tuple[float, ...]
@@ -175,13 +177,15 @@ def _summary(
         axis=2,
     )  # (draws, corruptions, severities)
     clean = score(queries.embeddings, bundle.base, bundle.manifest.calibration)
-    labels = np.asarray(bundle.base.clusters.labels, dtype=np.str_)[clean.best]
-    mean, *by_severity = bootstrap_means(np.stack([wrong.mean(axis=(0, 1)), *wrong.mean(axis=0)], axis=1), seed=seed)
+    wrong_clean = np.asarray(bundle.base.clusters.labels, dtype=np.str_)[clean.best] != queries.labels
+    rates = np.stack([wrong_clean, wrong.mean(axis=(0, 1)), *wrong.mean(axis=0)], axis=1)
+    as_they_are, mean, *by_severity = bootstrap_means(rates, seed=seed)
     return Robustness(
         images=len(queries),
         seed=seed,
         input_size=bundle.manifest.encoder.input_size,
-        clean_error=float((labels != queries.labels).mean()),
+        clean_error=as_they_are.value,
+        clean_error_interval=as_they_are.bounds,
         mean_error=mean.value,
         mean_error_interval=mean.bounds,
         error_by_severity=tuple(errors.mean(axis=0).tolist()),

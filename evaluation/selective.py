@@ -25,15 +25,18 @@ class Selective:
 
 def measure_selective(
     confidence: NDArray[np.float64], right: NDArray[np.bool_], seed: int = 0
-) -> tuple[Interval, tuple[Selective, ...], tuple[float, ...]]:
+) -> tuple[Interval, tuple[Selective, ...], tuple[Interval, ...]]:
     """Of n answers the area under the risk–coverage curve, the accuracy at some coverages, and the risk at each
     hundredth."""
-    risks = selective_risks(confidence, right)
-    values = _summary(risks)
+    values = _summary(selective_risks(confidence, right))
     drawn = np.asarray([_summary(of) for of in risks_of_draws(confidence, right, _counts(len(right), seed))])
-    aurc, *found = (interval(value, drawn[:, column]) for column, value in enumerate(values))
-    selective = tuple(Selective(share, one.value, one.bounds) for share, one in zip(COVERAGES, found, strict=True))
-    return aurc, selective, tuple(risk_at_coverage(risks, percent / 100) for percent in range(1, 101))
+    aurc, *risks = (interval(value, drawn[:, column]) for column, value in enumerate(values))
+    at = [risks[round(100 * share) - 1] for share in COVERAGES]
+    selective = tuple(
+        Selective(share, 1 - risk.value, (1 - risk.high, 1 - risk.low))
+        for share, risk in zip(COVERAGES, at, strict=True)
+    )
+    return aurc, selective, tuple(risks)
 
 
 def risks_of_draws(
@@ -62,4 +65,5 @@ def _counts(n: int, seed: int) -> Iterator[NDArray[np.float32]]:
 
 
 def _summary(risks: NDArray[np.float64]) -> list[float]:
-    return [float(risks.mean()), *(1 - risk_at_coverage(risks, share) for share in COVERAGES)]
+    """Their mean, and that at each hundredth."""
+    return [float(risks.mean()), *(risk_at_coverage(risks, percent / 100) for percent in range(1, 101))]

@@ -157,9 +157,8 @@ def hold_out(
         DataError: the gallery lacks one of the classes, or nothing would be left to ask.
     """
     check_split(classes, snapshot.clusters.labels, queries.labels.tolist())
-    rest = LabelledVectors(snapshot.items.embeddings, snapshot.classes, snapshot.clusters)
-    for label in sorted(set(classes)):
-        rest = rest.without(rest.clusters.labels.index(label))
+    gallery = LabelledVectors(snapshot.items.embeddings, snapshot.classes, snapshot.clusters)
+    rest = gallery.without(*map(snapshot.clusters.labels.index, set(classes)))
     out = np.isin(queries.labels, list(classes))
     calibration = bundle.manifest.calibration
     known, unknown = (score(queries.embeddings[rows], rest, calibration) for rows in (~out, out))

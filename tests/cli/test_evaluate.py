@@ -42,6 +42,22 @@ def test_the_numbers_are_kept_though_the_report_fails(coterie, tiny_bundle, data
     assert json.loads(numbers.read_text())["bundle"] == tiny_bundle.manifest.id
 
 
+@pytest.mark.parametrize("option", ["--report", "--json"])
+def test_a_folder_to_write_to_is_refused_before_any_work(coterie, tiny_bundle, data, tmp_path, option):
+    code, out, err = coterie("evaluate", tiny_bundle.path, data, option, tmp_path)
+    assert code == 2
+    assert "is a folder: name a file in it" in one_line(err)
+    assert out == ""
+
+
+def test_what_was_not_measured_is_a_dash(coterie, tiny_bundle, digit_tree_of, tmp_path):
+    threes = digit_tree_of(tmp_path / "threes", classes=(3,), per_class=2, skip=100)
+    code, out, _ = coterie("evaluate", tiny_bundle.path, threes, "--compare", tiny_bundle.path)
+    assert code == 0
+    assert "silhouette" in out
+    assert "nan" not in out
+
+
 def test_all_gates_that_fail_are_named_at_once(coterie, tiny_bundle, digit_tree_of, data, tmp_path):
     mixed = shutil.copytree(data, tmp_path / "mixed")
     (mixed / "0").rename(tmp_path / "zeros")

@@ -1,12 +1,14 @@
 """Intervals against slow resampling, coverage of the truth, and McNemar's test against counts."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, bootstrap
 
-from coterie.intervals import bootstrap_counts, bootstrap_means, bootstrap_sums, mcnemar
+from coterie.intervals import bootstrap_counts, bootstrap_means, bootstrap_sums, bootstrap_tallies, mcnemar
 
 
 def test_sums_are_those_of_rows_drawn_with_replacement() -> None:
@@ -15,6 +17,23 @@ def test_sums_are_those_of_rows_drawn_with_replacement() -> None:
     rng = np.random.default_rng(5)
     expected = [values[rows].sum(axis=0) for rows in rng.integers(50, size=(20, 50))]
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
+
+
+def test_tallies_are_sums_of_a_column_for_each_group() -> None:
+    groups = np.random.default_rng(0).integers(-1, 4, size=(3, 50))
+    found = bootstrap_tallies(groups, 5, draws=20, seed=5)
+    for own, tallies in zip(groups, found, strict=True):
+        np.testing.assert_array_equal(tallies, bootstrap_sums(own[:, None] == np.arange(5), draws=20, seed=5))
+
+
+def test_tallies_of_many_groups_need_no_column_for_each() -> None:
+    rows, count = 20_000, 2000
+    groups = np.random.default_rng(0).integers(count, size=(1, rows))
+    tracemalloc.start()
+    bootstrap_tallies(groups, count, draws=5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < rows * count / 4
 
 
 def test_the_interval_of_a_mean_is_scipys() -> None:

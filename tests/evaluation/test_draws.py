@@ -65,8 +65,10 @@ def test_selective_accuracy_lies_in_its_intervals():
     assert aurc.low < aurc.value < aurc.high
     assert [one.coverage for one in found] == list(COVERAGES)
     assert len(risks) == 100
-    assert risks[49] == pytest.approx(1 - found[0].accuracy)
-    assert risks[-1] == pytest.approx(1 - right.mean())
+    assert risks[49].value == pytest.approx(1 - found[0].accuracy)
+    assert risks[-1].value == pytest.approx(1 - right.mean())
+    assert all(risk.low <= risk.value <= risk.high for risk in risks)
+    assert (1 - risks[49].high, 1 - risks[49].low) == pytest.approx(found[0].interval)
     assert all(one.interval[0] < one.accuracy < one.interval[1] for one in found)
     assert found[0].accuracy > found[-1].accuracy == pytest.approx(right.mean())
 

@@ -5,7 +5,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from sklearn.metrics import (
 
 from coterie.classifier import score
 from coterie.errors import DataError
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import _knn, evaluate
 from evaluation.queries import embed_folder
 
 
@@ -96,6 +98,20 @@ def test_the_vote_is_dinos_over_the_whole_range_of_k(tiny_bundle, queries, resul
         assert found.top5 == pytest.approx((order[:, : min(5, found.k)] == truth[:, None]).any(axis=1).mean(), abs=1e-6)
     assert [found.k for found in result.knn] == [1, 5, 10, 20, 50, 100, 200]
     assert result.knn_top1 == next(found.top1 for found in result.knn if found.k == 20)
+
+
+def test_votes_of_many_classes_are_held_for_one_k_at_a_time():
+    n, classes, k = 1000, 1000, 200
+    rng = np.random.default_rng(0)
+    similarities = -np.sort(-rng.random((n, k), dtype=np.float32), axis=1)
+    scores = SimpleNamespace(neighbors=rng.integers(classes, size=(n, k)), similarities=similarities)
+    snapshot = SimpleNamespace(classes=np.arange(classes), clusters=range(classes))
+    tracemalloc.start()
+    found = _knn(scores, snapshot, rng.integers(classes, size=n), 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 7
+    assert peak < 4 * 8 * n * classes
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from coterie.bundle import Bundle, write_bundle
 from coterie.clusters import ClassClusters
 from coterie.errors import CoterieError, DataError
 from coterie.gallery import Snapshot
-from coterie.intervals import bootstrap_means, mcnemar
+from coterie.intervals import bootstrap_counts, bootstrap_means, mcnemar
 from evaluation.compare import Difference, check_same_images
 from evaluation.corruptions import CORRUPTIONS, corrupt
 from evaluation.few_shot import SHOTS
@@ -126,6 +127,8 @@ def test_errors_under_corruption_are_those_of_one_image_after_another(tiny_bundl
     assert found.mean_error == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(found.error_by_severity, errors.mean(axis=0), atol=1e-6)
     assert found.clean_error == pytest.approx(1 - study.first.top1)
+    low, high = study.first.intervals["top1"]
+    assert found.clean_error_interval == pytest.approx((1 - high, 1 - low), abs=1e-6)
 
 
 def test_relative_errors_are_ratios_of_sums_and_their_mean(study):
@@ -141,6 +144,34 @@ def test_relative_errors_are_ratios_of_sums_and_their_mean(study):
     assert comparison.relative_corruption_error_interval == mean.bounds
     assert {ratio.bounds for ratio in relative_errors(one, one)[0].values()} == {(1, 1)}
     assert study.to_json()["comparisons"][0]["relative_errors"] == pytest.approx(ratios)
+
+
+def test_a_draw_leaves_out_corruptions_under_which_the_baseline_errs_nowhere(study):
+    """Of 40 images the baseline errs on one under fog: a third of the draws lack it, and none under snow."""
+    one, two = (np.zeros((40, len(CORRUPTIONS))) for _ in range(2))
+    fog, snow, frost = (list(CORRUPTIONS).index(name) for name in ("fog", "snow", "frost"))
+    one[:20, [fog, snow, frost]] = 0.2
+    two[:10, frost] = 0.4
+    two[0, fog] = 0.2
+    errors = [
+        {name: (5 * share,) for name, share in zip(CORRUPTIONS, of.mean(axis=0), strict=True)} for of in (one, two)
+    ]
+    first, other = (
+        replace(of, wrong=wrong, errors=shares)
+        for of, wrong, shares in zip(study.robustness, (one, two), errors, strict=True)
+    )
+    ratios, mean = relative_errors(first, other)
+    assert {name: ratio.value for name, ratio in ratios.items()} == pytest.approx({"fog": 20, "frost": 1})
+    assert mean.value == pytest.approx(10.5)
+    (counts,) = bootstrap_counts(40)
+    fogs, frosts = counts[:, :20].sum(axis=1) / np.where(counts[:, 0], counts[:, 0], np.nan), counts[:, :20].sum(axis=1)
+    frosts = frosts / (2 * counts[:, :10].sum(axis=1))
+    assert ratios["fog"].bounds == pytest.approx(np.nanquantile(fogs, [0.025, 0.975]))
+    expected = np.where(np.isnan(fogs), frosts, (fogs + frosts) / 2)
+    assert mean.bounds == pytest.approx(np.quantile(expected, [0.025, 0.975]))
+    none = replace(other, wrong=np.zeros_like(two), errors=dict.fromkeys(CORRUPTIONS, (0.0,)))
+    assert relative_errors(first, none)[0] == {}
+    assert np.isnan(relative_errors(first, none)[1].bounds).all()
 
 
 def test_more_gallery_images_serve_better(study):
