@@ -146,6 +146,23 @@ def test_metadata_that_are_not_one_for_each_image_enrol_nothing(digit_images) ->
     assert not requests
 
 
+def test_a_key_is_sent_without_what_its_file_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, environment in (("secret\n", ""), (None, " secret\r\n")):
+        monkeypatch.setenv("COTERIE_KEY", environment)
+        transport, requests = answering(httpx.Response(200, json=CLASSES))
+        with Client("http://x", given, transport=transport) as client:
+            client.classes()
+        assert requests[0].headers["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "nul\0"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(key: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ServiceError, match="API key") as caught:
+            kind("http://x", key)
+        assert key not in str(caught.value)
+
+
 def test_a_bad_image_is_named_by_its_place_among_all(url: str, digit_images) -> None:
     images = [*digit_images.images[:9], b"no image"]
     with Client(url, batch=4) as client, pytest.raises(ServiceError) as caught:
