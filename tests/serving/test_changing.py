@@ -305,7 +305,8 @@ def test_the_bundles_own_classes_and_items_can_be_forgotten_too(client_of, error
 
 
 def test_no_more_items_are_asked_for_than_images_may_be_sent(client_of, error_of) -> None:
-    error_of(client_of().get("/v1/gallery", params={"id": [str(number) for number in range(9)]}), 413)
+    error = error_of(client_of().get("/v1/gallery", params={"id": [str(number) for number in range(9)]}), 413)
+    assert error["param"] == "id" and "8 ids" in error["message"]
     error_of(client_of().get("/v1/gallery"), 400)
 
 
