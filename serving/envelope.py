@@ -98,6 +98,8 @@ class _Closing(Response):
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while (await receive()).get("more_body"):
+                more = True
+                while more:
                     await asyncio.sleep(0)  # the time must come to an end though there is always more
+                    more = (await receive()).get("more_body", False)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
