@@ -199,14 +199,18 @@ def enroll(
     partial: bool,
     key: str | None,
 ) -> Job[Enrolment, Enrolment]:
+    _check_sequence(images)
+    given = metadata or {}
+    if not isinstance(given, Mapping) and len(given) != len(images):
+        raise ValueError(
+            f"metadata has {len(given)} objects for {len(images)} images: give one for all, or one for each"
+        )
     key = key or str(uuid.uuid4())
     calls = []
     for number, start in enumerate(range(0, len(images), batch)):
         part = images[start : start + batch]
-        given = metadata or {}
-        if not isinstance(given, Mapping):
-            given = given[start : start + batch]
-        options = {"metadata": given, "on_error": "partial" if partial else "fail"}
+        own = given if isinstance(given, Mapping) else given[start : start + batch]
+        options = {"metadata": own, "on_error": "partial" if partial else "fail"}
 
         def body(part: Images = part, options: dict[str, Any] = options) -> dict[str, Any]:
             return {"json": {"input": [base64.b64encode(_encoded(image)).decode() for image in part], **options}}
@@ -296,8 +300,7 @@ def _asking(
     read: Callable[["httpx.Response", int], Result],
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[Call[Result]]:
-    if isinstance(images, (str, bytes, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim != 4):
-        raise TypeError("give a sequence of images: [image] for a single one")
+    _check_sequence(images)
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         array = isinstance(part, np.ndarray)
@@ -314,6 +317,11 @@ def _asking(
 
         kind = {"content-type": NPY} if array else {}
         yield Call("POST", path, read_part, params, {**(headers or {}), **kind}, body, start=start)
+
+
+def _check_sequence(images: Images) -> None:
+    if isinstance(images, (str, bytes, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim != 4):
+        raise TypeError("give a sequence of images: [image] for a single one")
 
 
 def _refused(entry: dict[str, Any], start: int) -> RefusedImage:

@@ -61,7 +61,9 @@ class Connection:
         if not url.startswith(("http://", "https://")):
             raise ServiceError(f"{url!r} is no address of a service: it begins with http:// or https://")
         self.url, self.batch, self.concurrency, self.retries = url.rstrip("/"), batch, concurrency, retries
-        key = key or os.environ.get("COTERIE_KEY")
+        key = (key or os.environ.get("COTERIE_KEY") or "").strip()  # files end with a line's end
+        if not (key.isascii() and key.isprintable()):
+            raise ServiceError("the API key has characters that no key has: copy it again")
         self._options: dict[str, Any] = {
             "base_url": self.url,
             "timeout": timeout,

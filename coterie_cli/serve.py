@@ -18,15 +18,16 @@ SERVICE = "serving.service:Coterie"
 IDLE_SECONDS = 75
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise CoterieError if nothing can listen on this address."""
+def check_port(host: str, port: int) -> str:
+    """The IP address of a host; raises CoterieError if nothing can listen there."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind(address)
     except OSError as error:
         raise CoterieError(f"{host}:{port} cannot be listened on ({error.strerror}): choose another --port") from error
+    return str(address[0])
 
 
 def serve_bundle(
@@ -49,7 +50,7 @@ def serve_bundle(
         BundleError: the bundle is damaged or none; DeviceError: `device` is none; CoterieError: the address is taken.
     """
     Bundle.open(bundle, device=device)
-    check_port(host, port)
+    address = check_port(host, port)  # BentoML takes no names
     environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
     # BentoML reports who serves what, and looks for this before it imports the service.
     environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -62,6 +63,6 @@ def serve_bundle(
     environment |= {name: str(value) for name, value in more.items() if value is not None}
     Settings.from_environment(environment)
     sys.stdout.flush()
-    command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
     command += ["--timeout-keep-alive", str(IDLE_SECONDS)]
     os.execve(sys.executable, command, environment)

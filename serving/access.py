@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.envelope import on_error
@@ -23,6 +26,7 @@ from serving.errors import (
 from serving.keys import Keyring
 from serving.listening import listens_on_loopback
 from serving.presenting import is_open
+from serving.schemas import ErrorAnswer, ErrorEntry
 
 __all__ = ["Access", "Policy"]
 
@@ -127,12 +131,12 @@ class Access:
         """The application, as browsers may call it from pages of the origins in the policy."""
         if not self._policy.origins:
             return self._checked
-        return CORSMiddleware(
+        return _Cors(
             self._checked,
             allow_origins=self._policy.origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id"],
-            expose_headers=["X-Bundle-Id", "X-Request-Id", "Retry-After"],
+            expose_headers=["X-Bundle-Id", "X-Request-Id", "X-Queue-Time", "X-Inference-Time", "Retry-After"],
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,6 +157,16 @@ class Access:
             await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+class _Cors(CORSMiddleware):
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        headers = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        if answer.status_code == 200:
+            return Response(headers=headers)
+        entry = ErrorEntry(message=bytes(answer.body).decode(), type="invalid_request_error", code="bad_request")
+        return Response(to_json(ErrorAnswer(error=entry)), 400, headers, media_type="application/json")
 
 
 async def _refuse(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:

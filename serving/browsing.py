@@ -53,7 +53,7 @@ async def classes(request: Request) -> Response:
 async def items(request: Request) -> Response:
     """GET /v1/gallery?id=…&id=…: those of the items that are there, in the order asked for."""
     query, engine = query_of(request, ItemsQuery), engine_of(request)
-    check_count(len(query.id), engine.limits)
+    check_count(len(query.id), engine.limits, of="ids", param="id")
     found = await asyncio.to_thread(_items, engine, query.id)
     return await json_answer(len(found), lambda: ItemList(data=found))
 

@@ -55,9 +55,10 @@ async def forget(request: Request) -> Response:
     engine, label = engine_of(request), _label_of(request)
 
     def remove() -> int:
-        if not len(engine.gallery().members(label)):
-            raise NotFoundError("the gallery has no such class: GET /v1/classes lists them", param="label")
-        return len(engine.live_gallery.remove(label=label))
+        try:
+            return len(engine.live_gallery.remove(label=label))
+        except DataError as error:
+            raise NotFoundError("the gallery has no such class: GET /v1/classes lists them", param="label") from error
 
     count = await asyncio.to_thread(remove)
     audit(request, "forget", label, count)

@@ -1,6 +1,8 @@
 """What every answer has in common: headers, and JSON for every error, even where our own code failed."""
 
+import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 from pydantic_core import to_json
@@ -18,6 +20,7 @@ __all__ = ["Envelope", "on_error", "on_http_exception"]
 logger = logging.getLogger("coterie.serving")
 
 CLIENT_CLOSED_REQUEST = 499
+LINGER_SECONDS = 2.0
 
 
 class Envelope:
@@ -82,4 +85,21 @@ def _error_response(scope: Scope, error: Exception) -> Response:
 def _error(scope: Scope, status: int, entry: schemas.ErrorEntry, headers: Any) -> Response:
     # For whoever keeps a log.
     scope.setdefault("state", {})["error"] = entry.code
-    return Response(to_json(schemas.ErrorAnswer(error=entry)), status, headers, media_type="application/json")
+    kind = _Closing if headers and "Connection" in headers else Response
+    return kind(to_json(schemas.ErrorAnswer(error=entry)), status, headers, media_type="application/json")
+
+
+class _Closing(Response):
+    """The last answer of a connection. What the client still sends is read away for a while, because many a client that
+    is cut off in the middle of sending looks for no answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                more = True
+                while more:
+                    await asyncio.sleep(0)  # the time must come to an end though there is always more
+                    more = (await receive()).get("more_body", False)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -98,14 +98,14 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     return b"".join(chunks) if size < LARGE_BODY else await asyncio.to_thread(b"".join, chunks)
 
 
-def check_count(count: int, limits: RequestLimits) -> None:
-    """Hold the number of images in a request to its limit.
+def check_count(count: int, limits: RequestLimits, *, of: str = "images", param: str = "input") -> None:
+    """Hold the number of images in a request, or what is asked about as many, to its limit.
 
     Raises:
         TooLargeError: there are more.
     """
     if count > limits.max_images:
-        raise TooLargeError(f"more than {limits.max_images} images in one request: send them in several", param="input")
+        raise TooLargeError(f"more than {limits.max_images} {of} in one request: send them in several", param=param)
 
 
 def _within(length: str, most: int) -> bool:

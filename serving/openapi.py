@@ -239,7 +239,7 @@ def _answer(answer: Answer, found: _Schemas, *, ours: bool) -> dict[str, Any]:
 def _errors(operation: Operation, always: tuple[str, ...]) -> dict[str, Any]:
     codes = sorted({*operation.errors, *always}, key=lambda code: (DESCRIBED[code].status, code))
     if operation.open:
-        codes = [code for code in codes if code not in ("unauthorized", "forbidden")]
+        codes = [code for code in codes if code != "unauthorized"]
     written: dict[str, Any] = {}
     for status, same in groupby(codes, key=lambda code: DESCRIBED[code].status):
         group = list(same)

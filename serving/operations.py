@@ -180,7 +180,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "within seconds.",
         body=changing.BundleBody,
         example=samples.BUNDLE_BODY,
-        errors=("bad_request", "slow_body", "too_large", "conflict", "bundle_refused", *GALLERY),
+        errors=("bad_request", "slow_body", "too_large", "conflict", "bundle_refused", "overloaded", *GALLERY),
     ),
     ("GET", "/v1/models"): Operation(
         "Bundle",

@@ -42,7 +42,8 @@ def _validated(schema: type[Query], given: dict[str, Any]) -> Query:
         return schema.model_validate(given)
     except ValidationError as error:
         param, message = schemas.first_complaint(error)
-        raise BadRequestError(f"query parameter {param!r}: {message}", param=param) from error
+        place = f"query parameter {param!r}" if param else "the query"
+        raise BadRequestError(f"{place}: {message}", param=param) from error
 
 
 @cache

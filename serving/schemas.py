@@ -51,7 +51,8 @@ def first_complaint(error: ValidationError) -> tuple[str | None, str]:
     """The name of the first wrong value, None for the whole, and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])[:100] if first["loc"] else None
-    return name, "there is no such parameter" if first["type"] == "extra_forbidden" else first["msg"]
+    said = first["msg"].removeprefix("Value error, ")
+    return name, "there is no such parameter" if first["type"] == "extra_forbidden" else said
 
 
 class _Request(BaseModel):

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ if traced():
     TRACING = {"excluded_urls": PROBES, "exporter_type": "otlp", "sample_rate": 1.0, "otlp": {"protocol": "http"}}
 
 SWITCH_SECONDS = 0.0005
+# The end waits no longer for somebody to take the last spans.
+FLUSH_SECONDS = 3.0
 
 
 @bentoml.service(
@@ -150,6 +153,8 @@ class Coterie:
         self.swapper.close()
         self.served.close()
         app.state.safety.close()
+        if traced():
+            _send_spans()
 
 
 # Around everything, BentoML's own routes too; the first is the outermost.
@@ -172,6 +177,15 @@ def _look_after_workers() -> None:
         start(controller)
 
     Controller.start = start_attentive
+
+
+def _send_spans() -> None:
+    """Send the spans that OpenTelemetry has gathered since it last did, for a worker's end comes without its own."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    sending = threading.Thread(target=BentoMLContainer.tracer_provider.get().force_flush, daemon=True)
+    sending.start()
+    sending.join(FLUSH_SECONDS)
 
 
 def _try_device(device: str, bundle: Bundle) -> None:

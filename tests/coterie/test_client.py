@@ -127,6 +127,42 @@ def test_a_class_is_enrolled_listed_and_forgotten(url: str, digit_images) -> Non
         assert client.forget("größe + 1") == 2
 
 
+@pytest.mark.parametrize(
+    "one", ["1.png", b"bytes", Path("1.png"), np.zeros((4, 5, 3), np.uint8), Image.new("L", (1, 1))]
+)
+def test_a_single_image_is_not_taken_for_a_sequence(one: Any) -> None:
+    transport, requests = answering()
+    with Client("http://x", transport=transport) as client:
+        for method in (client.embed, client.classify, lambda images: client.enroll("8", images)):
+            with pytest.raises(TypeError, match=r"\[image\]"):
+                method(one)
+    assert not requests
+
+
+def test_metadata_that_are_not_one_for_each_image_enrol_nothing(digit_images) -> None:
+    transport, requests = answering()
+    with Client("http://x", batch=2, transport=transport) as client, pytest.raises(ValueError, match="3 objects for 4"):
+        client.enroll("8", digit_images.images[:4], metadata=[{"n": 1}] * 3)
+    assert not requests
+
+
+def test_a_key_is_sent_without_what_its_file_ends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, environment in (("secret\n", ""), (None, " secret\r\n")):
+        monkeypatch.setenv("COTERIE_KEY", environment)
+        transport, requests = answering(httpx.Response(200, json=CLASSES))
+        with Client("http://x", given, transport=transport) as client:
+            client.classes()
+        assert requests[0].headers["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "nul\0"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(key: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ServiceError, match="API key") as caught:
+            kind("http://x", key)
+        assert key not in str(caught.value)
+
+
 def test_a_bad_image_is_named_by_its_place_among_all(url: str, digit_images) -> None:
     images = [*digit_images.images[:9], b"no image"]
     with Client(url, batch=4) as client, pytest.raises(ServiceError) as caught:

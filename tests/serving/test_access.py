@@ -157,16 +157,20 @@ def test_a_check_that_fails_itself_is_our_error(make: Make, monkeypatch: pytest.
         assert error["code"] == "internal_error" and "/proc" not in error["message"]
 
 
-def test_browsers_let_in_listed_origins_and_no_others(make: Make, keys: Path) -> None:
+def test_browsers_let_in_listed_origins_and_no_others(make: Make, keys: Path, error_of) -> None:
     create_key(keys, "ask")
     asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in make().options("/v1/classify", headers=asked).headers
     client = make(origins=("https://app.example",))
     allowed = client.options("/v1/classify", headers=asked)  # which browsers send without a key
-    assert allowed.status_code == 200
+    assert (allowed.status_code, allowed.content) == (200, b"")
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
     refused = client.options("/v1/classify", headers=asked | {"Origin": "https://evil.example"})
+    assert error_of(refused, 400)["code"] == "bad_request"
     assert "access-control-allow-origin" not in refused.headers
+    answer = client.get("/v1/classes", headers={"Origin": "https://app.example"})
+    read = answer.headers["access-control-expose-headers"].lower().split(", ")
+    assert {"x-bundle-id", "x-queue-time", "x-inference-time", "retry-after"} <= set(read)
 
 
 def test_heads_beyond_reason_are_refused(make: Make, error_of) -> None:

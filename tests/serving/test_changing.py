@@ -273,6 +273,22 @@ def test_a_class_is_forgotten_in_every_worker_and_its_bytes_are_in_no_file(
     assert not any(eights[0] in content or b"gone-class" in content for content in contents)
 
 
+def test_a_class_that_another_request_forgets_meanwhile_is_not_there(
+    client_of, eights, error_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = client_of(), client_of()
+    one.post(EIGHT, content=eights[0])
+    gallery = one.app.state.served.engine.live_gallery
+    remove = gallery.remove
+
+    def remove_later(**which: Any) -> Any:
+        assert two.delete("/v1/classes/8").json()["items"] == 1
+        return remove(**which)
+
+    monkeypatch.setattr(gallery, "remove", remove_later)
+    assert error_of(one.delete("/v1/classes/8"), 404)["param"] == "label"
+
+
 def test_the_bundles_own_classes_and_items_can_be_forgotten_too(client_of, error_of, tiny_bundle: Bundle) -> None:
     one, two = client_of(), client_of()
     identifier = tiny_bundle.base.items.ids[0]
@@ -289,7 +305,8 @@ def test_the_bundles_own_classes_and_items_can_be_forgotten_too(client_of, error
 
 
 def test_no_more_items_are_asked_for_than_images_may_be_sent(client_of, error_of) -> None:
-    error_of(client_of().get("/v1/gallery", params={"id": [str(number) for number in range(9)]}), 413)
+    error = error_of(client_of().get("/v1/gallery", params={"id": [str(number) for number in range(9)]}), 413)
+    assert error["param"] == "id" and "8 ids" in error["message"]
     error_of(client_of().get("/v1/gallery"), 400)
 
 

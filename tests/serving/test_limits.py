@@ -22,6 +22,7 @@ from hypothesis.strategies import binary, lists, sampled_from
 
 from coterie.bundle import Bundle
 from coterie.images import Limits
+from serving import envelope
 from serving.access import Access, Policy
 from serving.engine import Engine
 from serving.errors import RequestError
@@ -44,8 +45,9 @@ def engine(tiny_bundle: Bundle) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def port(engine: Engine, tmp_path: Path) -> Iterator[int]:
+def port(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Where the application listens, with the server that BentoML runs it in."""
+    monkeypatch.setattr(envelope, "LINGER_SECONDS", 0.5)  # many of the clients here wait for the end
     app = build_app()
     app.state.served = Served(engine)
     around = Access(app, lambda: Policy(Keyring(tmp_path / "keys.json")))
@@ -119,6 +121,24 @@ def test_a_body_that_turns_out_too_large_is_cut_off(say: Say) -> None:
     chunk = b"%x\r\n%s\r\n" % (50_000, b"x" * 50_000)
     status, error, closed = say(head(transfer_encoding="chunked"), chunk, chunk, b"1\r\nx\r\n")
     assert (status, error["code"], closed) == (413, "too_large", True)
+
+
+@pytest.mark.parametrize(("limit", "chunks", "status"), [("body", 3, b"413"), ("bodies", 2, b"429")])
+def test_a_client_in_the_middle_of_a_body_that_is_too_large_gets_to_read_that(
+    port: int, engine: Engine, limit: str, chunks: int, status: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit == "bodies":
+        monkeypatch.setattr(engine.limits.bodies, "most", 60_000)
+    chunk = b"%x\r\n%s\r\n" % (50_000, b"x" * 50_000)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head(transfer_encoding="chunked") + chunks * chunk)
+        answer = connection.makefile("rb")
+        assert answer.readline().split()[1] == status
+        for _ in range(100):
+            connection.sendall(chunk)  # fails where the connection is cut off
+        connection.sendall(b"0\r\n\r\n")
+        assert answer.read().endswith(b"}}")
+    assert engine.limits.bodies.held == 0
 
 
 def test_only_so_many_images_come_in_one_request(say: Say) -> None:

@@ -19,8 +19,10 @@ from starlette.testclient import TestClient
 from coterie.bundle import Bundle
 from coterie.store import StoreOptions
 from serving import samples
-from serving.engine import Engine
+from serving.access import Access, Policy
+from serving.engine import NORMAL, Engine
 from serving.errors import PROBLEMS
+from serving.keys import Keyring
 from serving.openapi import methods_of
 from serving.operations import BENTOML, OPERATIONS
 from serving.presenting import OPEN
@@ -249,6 +251,25 @@ def test_errors_are_declared_where_they_come(one: TestClient, digit_images, file
         code = answer.json()["error"]["code"]
         declared = API["paths"][path][method]["responses"][str(status)]["content"][JSON]["examples"]
         assert code in declared
+
+
+def test_what_is_refused_for_its_name_is_declared_of_every_route(one: TestClient, tmp_path: Path) -> None:
+    around = Access(one.app, lambda: Policy(Keyring(tmp_path / "none"), on_loopback=lambda: True))
+    client = TestClient(around, base_url="http://elsewhere")
+    for method, path, operation in operations():
+        if (method, path) not in BENTOML:
+            answer = client.request(method, path)
+            assert answer.status_code == 403, path
+            check_answer(answer, operation)
+
+
+def test_what_there_is_no_room_for_is_declared_of_every_body(one: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NORMAL.bodies, "most", 0)
+    for method, path, operation in operations():
+        if "requestBody" in operation:
+            answer = one.request(method, path.replace("{label}", "8"), json={})
+            assert answer.status_code == 429, path
+            check_answer(answer, operation)
 
 
 def test_the_commands_do_what_is_said_of_them(

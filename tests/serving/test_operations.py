@@ -154,12 +154,18 @@ def test_what_is_under_way_when_the_service_is_told_to_end_is_finished(
         assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("harm", ["no key file", "a damaged key file", "a damaged default key file", "no state folder"])
+@pytest.mark.parametrize(
+    "harm", ["no key file", "a damaged key file", "a damaged default key file", "no state folder", "a damaged store"]
+)
 def test_what_would_keep_it_from_starting_ends_it_with_one_line(tiny_bundle: Bundle, tmp_path: Path, harm: str) -> None:
     file = tmp_path / "state" / "keys.json"
     file.parent.mkdir()
     changes = {"COTERIE_KEYS": str(file)} if harm in ("no key file", "a damaged key file") else {}
-    if "damaged" in harm:
+    if harm == "a damaged store":
+        file = tmp_path / "state" / tiny_bundle.manifest.name / "gallery.sqlite"
+        file.parent.mkdir()
+        file.write_bytes(b"no database" * 1000)
+    elif "damaged" in harm:
         file.write_text("{")
     elif harm == "no state folder":
         file.write_text("a file")

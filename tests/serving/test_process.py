@@ -260,14 +260,17 @@ def test_without_a_bundle_it_ends_with_one_line_that_names_the_remedy(project: P
     assert "coterie export" in line and "COTERIE_BUNDLE" in line
 
 
-def test_with_a_damaged_bundle_it_ends_with_one_line(tiny_bundle: Bundle, project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.onnx", "gallery.parquet"])
+def test_with_a_damaged_bundle_it_ends_with_one_line(
+    tiny_bundle: Bundle, project: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copytree(tiny_bundle.path, tmp_path / "damaged")
-    model = tmp_path / "damaged" / "model.onnx"
-    content = bytearray(model.read_bytes())
+    file = tmp_path / "damaged" / name
+    content = bytearray(file.read_bytes())
     content[100] ^= 1
-    model.write_bytes(content)
+    file.write_bytes(content)
     (line,) = ending(tmp_path, cwd=project, COTERIE_BUNDLE=str(tmp_path / "damaged")).splitlines()
-    assert "model.onnx is damaged" in line
+    assert f"{name} is damaged" in line
 
 
 def test_a_bento_carries_its_bundle_wherever_it_is_moved(

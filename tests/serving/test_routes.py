@@ -291,7 +291,10 @@ def test_a_body_of_the_wrong_kind_is_refused(
     error_of(client.post("/v1/classify", content=content, headers=headers), status)
 
 
-def test_a_body_without_a_stated_length_is_counted_as_it_comes(engine: Engine, call) -> None:
+def test_a_body_without_a_stated_length_is_counted_as_it_comes(
+    engine: Engine, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.envelope.LINGER_SECONDS", 0.0)  # until the answer, not after it
     read = 0
 
     async def receive() -> dict[str, Any]:
