@@ -113,8 +113,12 @@ class GalleryStore(Protocol):
     def edit(self, edits: Sequence[Edit]) -> None:
         """Change items, enrolled ones or the bundle's own; DataError if one was removed."""
 
-    def remove(self, ids: Sequence[str], *, bundled: Collection[str] = ()) -> None:
-        """Erase items with all that was kept of them; those of `bundled`, the bundle's own, stay hidden for ever."""
+    def remove(self, ids: Sequence[str], *, bundled: Collection[str] = ()) -> tuple[str, ...]:
+        """Erase items with all that was kept of them; those of `bundled`, the bundle's own, stay hidden for ever.
+
+        Returns:
+            The ids of those that were there: of callers at the same time, one gets each.
+        """
 
     def thumbnail(self, identifier: str) -> bytes:
         """An enrolled item's picture, empty if there is none."""

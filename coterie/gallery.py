@@ -136,7 +136,7 @@ class Gallery:
         self._changeable().edit([edit])
 
     def remove(self, ids: Sequence[str] = (), *, label: str | None = None) -> tuple[str, ...]:
-        """Erase the items of these ids, or all items of a class; returns the ids of those that were there.
+        """Erase the items of these ids, or all items of a class; returns the ids of those that this call erased.
 
         Raises:
             DataError: there is no such class.
@@ -149,8 +149,8 @@ class Gallery:
             if not members:
                 raise DataError(f"the gallery has no class {label!r}: `coterie gallery list` shows which it has")
             found = list(dict.fromkeys([*found, *(snapshot.items.ids[row] for row in members)]))
-        self._changeable().remove(found, bundled=[identifier for identifier in found if identifier in self._base.rows])
-        return tuple(found)
+        bundled = {identifier for identifier in found if identifier in self._base.rows}
+        return self._changeable().remove(found, bundled=bundled)
 
     def original(self, identifier: str) -> bytes | None:
         """The image of an enrolled item; None if it was not kept, or is the bundle's own.

@@ -185,13 +185,19 @@ class Store:
         # What the metadata said before is erased too.
         self._committer.run(change, erases=lambda: True)
 
-    def remove(self, ids: Sequence[str], *, bundled: Collection[str] = ()) -> None:
+    def remove(self, ids: Sequence[str], *, bundled: Collection[str] = ()) -> tuple[str, ...]:
         if not ids:
-            return
+            return ()
 
-        def change(db: sqlite3.Connection) -> list[str]:
+        def change(db: sqlite3.Connection) -> tuple[list[str], list[str]]:
             keys = [(identifier,) for identifier in dict.fromkeys(ids)]
             known = [db.execute("SELECT original FROM items WHERE id = ?", key).fetchone() for key in keys]
+            hidden = [db.execute("SELECT 1 FROM removed WHERE id = ?", key).fetchone() for key in keys]
+            there = [
+                identifier
+                for (identifier,), item, gone in zip(keys, known, hidden, strict=True)
+                if item or (identifier in bundled and not gone)
+            ]
             for table in ("items", "embeddings", "thumbnails"):
                 db.executemany(f"DELETE FROM {table} WHERE id = ?", keys)
             rows = [
@@ -200,9 +206,11 @@ class Store:
             ]
             db.executemany("INSERT OR REPLACE INTO removed VALUES (?, ?, ?)", rows)
             schema.forget_tombstones(db, TOMBSTONES)
-            return [row[0] for row in known if row and row[0]]
+            return there, [row[0] for row in known if row and row[0]]
 
-        self._delete_originals(self._committer.run(change, erases=lambda: True))
+        there, originals = self._committer.run(change, erases=lambda: True)
+        self._delete_originals(originals)
+        return tuple(there)
 
     def thumbnail(self, identifier: str) -> bytes:
         rows = self._read("SELECT thumbnail FROM thumbnails WHERE id = ?", (identifier,))

@@ -57,10 +57,11 @@ async def forget(request: Request) -> Response:
     def remove() -> int:
         try:
             return len(engine.live_gallery.remove(label=label))
-        except DataError as error:
-            raise NotFoundError("the gallery has no such class: GET /v1/classes lists them", param="label") from error
+        except DataError:
+            return 0
 
-    count = await asyncio.to_thread(remove)
+    if not (count := await asyncio.to_thread(remove)):
+        raise NotFoundError("the gallery has no such class: GET /v1/classes lists them", param="label")
     audit(request, "forget", label, count)
     return await json_answer(1, lambda: schemas.ClassDeleted(label=label, items=count))
 

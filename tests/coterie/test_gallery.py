@@ -313,6 +313,17 @@ def test_a_whole_class_may_be_forgotten(gallery: Gallery, base: Snapshot, clouds
         gallery.remove(label="b")
 
 
+def test_of_many_who_forget_a_class_at_once_one_erases_each_item(
+    gallery: Gallery, base: Snapshot, clouds: Clouds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery.add(stored(clouds, "b", 20))
+    expected = sorted([*(base.items.ids[row] for row in base.members("b")), *(f"new {row}" for row in range(20))])
+    monkeypatch.setattr(gallery, "snapshot", lambda seen=gallery.snapshot(): seen)  # all see it before any erases
+    with ThreadPoolExecutor(8) as pool:
+        erased = [pool.submit(gallery.remove, label="b") for _ in range(8)]
+        assert sorted(identifier for each in erased for identifier in each.result()) == expected
+
+
 def test_removing_tells_what_was_there(gallery: Gallery) -> None:
     assert gallery.remove(["5", "nowhere", "5", "6"]) == ("5", "6")
 
