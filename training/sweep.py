@@ -46,7 +46,7 @@ class Trial:
     def name(self) -> str:
         """Of the run's folder: readable, and different for different settings."""
         text = "_".join(f"{key}={_flow(value)}" for key, value in self.settings.items()) or "as-given"
-        plain = re.sub(r"[^\w.=+-]+", "-", text).strip("-")
+        plain = re.sub(r"=-(?!\d)", "=", re.sub(r"[^\w.=+-]+", "-", text)).strip("-")
         if plain != text or len(plain) > SHOWN:
             plain = f"{plain[:SHOWN]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return f"{plain}_seed={self.seed}"
