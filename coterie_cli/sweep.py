@@ -53,13 +53,15 @@ def sweep(
 
 
 def _table(keys: list[str], summaries: "list[Summary]") -> Table:
+    from training.sweep import as_yaml
+
     table = Table(title="held-out k-NN top-1 over seeds")
     for key in keys:
-        table.add_column(key)
+        table.add_column(key, overflow="fold")
     for title in ("mean", "deviation", "lowest", "highest", "runs"):
         table.add_column(title, justify="right")
     for one in summaries:
-        settings = [str(one.settings[key]) if key in one.settings else "as given" for key in keys]
+        settings = [as_yaml(one.settings[key]) if key in one.settings else "as given" for key in keys]
         found = one.accuracies
         numbers = (one.mean, one.deviation, min(found, default=math.nan), max(found, default=math.nan))
         shown = ["–" if math.isnan(number) else f"{number:.4f}" for number in numbers]

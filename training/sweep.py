@@ -24,7 +24,7 @@ from training.pretrain import train
 from training.recipe import Recipe, load_recipe
 from training.run import Run
 
-__all__ = ["Outcome", "Summary", "Sweep", "Trial", "parse_variation", "plan", "run_sweep", "summarise"]
+__all__ = ["Outcome", "Summary", "Sweep", "Trial", "as_yaml", "parse_variation", "plan", "run_sweep", "summarise"]
 
 MEASURE = "knn_top1"
 SHOWN = 60  # characters of a setting in a run's name
@@ -45,7 +45,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Of the run's folder: readable, and different for different settings."""
-        text = "_".join(f"{key}={_flow(value)}" for key, value in self.settings.items()) or "as-given"
+        text = "_".join(f"{key}={as_yaml(value)}" for key, value in self.settings.items()) or "as-given"
         plain = re.sub(r"=-(?!\d)", "=", re.sub(r"[^\w.=+-]+", "-", text)).strip("-")
         if plain != text or len(plain) > SHOWN:
             plain = f"{plain[:SHOWN]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -53,7 +53,7 @@ class Trial:
 
     def recipe(self, name_or_file: str, chosen: Sequence[str]) -> Recipe:
         """The recipe with the settings chosen for all trials, and those of this one."""
-        own = [f"{key}={_flow(value)}" for key, value in self.settings.items()]
+        own = [f"{key}={as_yaml(value)}" for key, value in self.settings.items()]
         return load_recipe(name_or_file, [*chosen, *own, f"seed={self.seed}"])
 
 
@@ -185,8 +185,8 @@ def summarise(outcomes: Sequence[Outcome]) -> list[Summary]:
     return sorted(found, key=lambda one: (not one.accuracies, -one.mean))
 
 
-def _flow(value: Any) -> str:
-    """As YAML on one line."""
+def as_yaml(value: Any) -> str:
+    """A value as it stands in a recipe, on one line."""
     return str(yaml.safe_dump(value, default_flow_style=True, width=1 << 20, sort_keys=False)).partition("\n")[0]
 
 
@@ -259,7 +259,7 @@ def _draw(keys: Sequence[str], outcomes: Sequence[Outcome], path: Path) -> None:
         boxes: dict[str, list[float]] = {}
         for one in outcomes:
             if not one.error:
-                value = _flow(one.trial.settings[key]) if key in one.trial.settings else "as given"
+                value = as_yaml(one.trial.settings[key]) if key in one.trial.settings else "as given"
                 boxes.setdefault(value, []).append(one.metrics[MEASURE])
         axes.boxplot(list(boxes.values()), tick_labels=[value[:SHOWN] for value in boxes])
         for place, values in enumerate(boxes.values(), start=1):
