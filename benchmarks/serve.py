@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -122,27 +122,27 @@ def limit(arguments: argparse.Namespace, folder: Path, client: Client) -> dict[s
         files = images_in(data, 512)
         one_thread = Encoder(bundle.path / "model.onnx", device="cpu", threads=1)
         preprocessing: Preprocessing = bundle.manifest.encoder.preprocessing
-        measured: dict[str, list[Measured]] = {kind.name: [] for kind in LIMITS[network]}
+        kinds = LIMITS[network]
+        measured: dict[str, list[Measured]] = {kind.name: [] for kind in kinds}
+        opened: dict[str, Measured] = {}
         decoding, encoding = list[float](), list[dict[int, float]]()
         with coterie(bundle.path, folder / f"{network}-service", free_port(), (), arguments.workers) as server:
+            asked = {
+                kind.name: replace(server, name=kind.name, requests=requests_of(kind, files, side)) for kind in kinds
+            }
             for _ in range(arguments.runs):
                 server.stand_still(True)
                 decoding.append(decoding_seconds(files, preprocessing))
                 encoding.append(encoding_seconds(one_thread))
                 server.stand_still(False)
-                for kind in LIMITS[network]:
-                    asked = Server(kind.name, server.process, server.port, requests_of(kind, files, side))
-                    measured[kind.name].append(client.ask(asked, arguments.seconds, clients=kind.clients))
-            opened = {
-                kind.name: client.ask(
-                    Server(kind.name, server.process, server.port, requests_of(kind, files, side)),
-                    max(arguments.seconds, OPEN_SECONDS),
-                    rate=SHARE_OF_CAPACITY * statistics.median(run.rate for run in measured[kind.name]),
-                )
-                for kind in LIMITS[network]
-            }
+                for kind in kinds:
+                    run = client.ask(asked[kind.name], arguments.seconds, clients=kind.clients)
+                    measured[kind.name].append(run)
+            for kind in kinds:
+                rate = SHARE_OF_CAPACITY * statistics.median(run.rate for run in measured[kind.name])
+                opened[kind.name] = client.ask(asked[kind.name], max(arguments.seconds, OPEN_SECONDS), rate=rate)
         best = min(statistics.median(seconds[batch] for seconds in encoding) for batch in encoding[0])
-        for kind in LIMITS[network]:
+        for kind in kinds:
             needed = best + (statistics.median(decoding) if kind.decodes else 0.0)
             rates = [kind.images * run.rate for run in measured[kind.name]]
             rate, most = statistics.median(rates), processors() / needed

@@ -21,7 +21,7 @@ from coterie.errors import CoterieError
 from coterie.files import write_text
 from coterie.gallery import GalleryItems, Snapshot
 from coterie.store import StoredItem
-from coterie_cli.serve import check_port, serve_bundle
+from coterie_cli.serve import listening_address, serve_bundle
 from evaluation.evaluate import Evaluation, evaluate
 from evaluation.queries import Queries, embed_folder
 from evaluation.report import write_report
@@ -53,7 +53,7 @@ def run_demo(folder: Path, *, serve: bool, json_file: Path | None, port: int) ->
     """Train, export, evaluate, enrol and, with `serve`, become the server process."""
     started = time.monotonic()
     if serve:
-        check_port(HOST, port)
+        listening_address(HOST, port)
     _start_fresh(folder)
     _step("Writing scikit-learn's digits as folders of PNG files")
     write_digits(folder / "data")

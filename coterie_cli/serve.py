@@ -11,20 +11,22 @@ from coterie.bundle import Bundle
 from coterie.errors import CoterieError
 from serving.settings import Settings
 
-__all__ = ["check_port", "serve_bundle"]
+__all__ = ["listening_address", "serve_bundle"]
 
 SERVICE = "serving.service:Coterie"
 # Of a connection that nobody asks on. After uvicorn's 5 a busy service closes some on which a request has just come.
 IDLE_SECONDS = 75
 
 
-def check_port(host: str, port: int) -> str:
+def listening_address(host: str, port: int) -> str:
     """The IP address of a host; raises CoterieError if nothing can listen there."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except socket.gaierror as error:
+        raise CoterieError(f"{host} has no address ({error.strerror}): choose another --host") from error
     except OSError as error:
         raise CoterieError(f"{host}:{port} cannot be listened on ({error.strerror}): choose another --port") from error
     return str(address[0])
@@ -50,7 +52,7 @@ def serve_bundle(
         BundleError: the bundle is damaged or none; DeviceError: `device` is none; CoterieError: the address is taken.
     """
     Bundle.open(bundle, device=device)
-    address = check_port(host, port)  # BentoML takes no names
+    address = listening_address(host, port)  # BentoML takes no names
     environment = {**os.environ, "COTERIE_BUNDLE": str(bundle.resolve()), "COTERIE_DEVICE": device}
     # BentoML reports who serves what, and looks for this before it imports the service.
     environment.setdefault("BENTOML_DO_NOT_TRACK", "True")

@@ -19,6 +19,7 @@ from serving.limits import Bodies, RequestLimits
 
 __all__ = ["Settings", "traced", "worker_count"]
 
+INDEX_MEMORY = "COTERIE_INDEX_MEMORY"
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
@@ -96,9 +97,7 @@ class Settings:
             ),
             index=IndexOptions(
                 latency_budget=_count(environment, "COTERIE_INDEX_MILLISECONDS", 10) / 1000,
-                memory_budget=_count(environment, memory, 1)
-                if environment.get(memory := "COTERIE_INDEX_MEMORY")
-                else None,
+                memory_budget=_count(environment, INDEX_MEMORY, 1) if environment.get(INDEX_MEMORY) else None,
             ),
             keys=Path(keys).expanduser().absolute() if keys else None,
             hosts=frozenset(name.lower() for name in _list(environment, "COTERIE_HOSTS")),

@@ -164,7 +164,7 @@ def run_sweep(
     outcomes: list[Outcome] = []
     for trial, run, recipe in zip(sweep.trials, runs, recipes, strict=True):
         outcomes.append(_train(data, trial, run, recipe, group=group, strict=strict))
-        _check_images(outcomes, runs)
+        _check_images(outcomes)
         _write(sweep, outcomes, out)
         yield outcomes[-1]
 
@@ -212,7 +212,7 @@ def _train(data: Path, trial: Trial, run: Run, recipe: Recipe, *, group: str | N
     return Outcome(trial, run.path, {**rows[-1], "seconds": sum(row["seconds"] for row in rows)})
 
 
-def _check_images(outcomes: Sequence[Outcome], runs: Sequence[Run]) -> None:
+def _check_images(outcomes: Sequence[Outcome]) -> None:
     first, last = (Run(outcomes[row].run) for row in (0, -1))
     if first.started and last.started and first.dataset().fingerprint != last.dataset().fingerprint:
         raise RecipeError(f"{first.path} and {last.path} were trained on other images: choose another --out")

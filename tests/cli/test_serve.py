@@ -7,7 +7,7 @@ import pytest
 
 from coterie.bundle import Bundle
 from coterie.errors import CoterieError
-from coterie_cli.serve import check_port, serve_bundle
+from coterie_cli.serve import listening_address, serve_bundle
 
 
 def free_port() -> int:
@@ -33,6 +33,6 @@ def test_an_address_that_is_taken_or_none_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(CoterieError, match=f"127.0.0.1:{port} cannot be listened on"):
-            check_port("127.0.0.1", port)
-    with pytest.raises(CoterieError, match=r"nowhere\.invalid:3000 cannot be listened on"):
-        check_port("nowhere.invalid", 3000)
+            listening_address("127.0.0.1", port)
+    with pytest.raises(CoterieError, match=r"nowhere\.invalid has no address .* choose another --host"):
+        listening_address("nowhere.invalid", 3000)
