@@ -22,6 +22,8 @@ RISK = [[0, "rgba(224,138,0,0)"], [1, "rgba(224,90,0,.95)"]]
 # So many points carry a picture each: about 1.5 kB of the file.
 MOST_ON_MAP = 1000
 FEW_FOR_TSNE = 10
+# Axes of shares show at least so much, so that all may be equal.
+LEAST_SPAN = 0.02
 # So near each other, similarities differ by less than a millionth, and scikit-learn's t-SNE dies of equal rows.
 HARDLY_APART = 1e-3
 MOST_CLASSES = 60
@@ -116,7 +118,8 @@ def _reliability(result: Evaluation) -> "Figure":
 
 def _coverage(study: Study) -> "Figure":
     figure = _figure(xaxis={"title": "share of images answered", "range": [0, 1.01]})
-    figure.update_yaxes(title="share of them wrong", rangemode="tozero")
+    highest = max(high for result in study.evaluations for _, high in result.risk_intervals)
+    figure.update_yaxes(title="share of them wrong", range=[0, _shares(0, highest)[1]])
     shares = [percent / 100 for percent in range(1, 101)]
     for name, result, colour in zip(study.names, study.evaluations, COLOURS, strict=False):
         low, high = zip(*result.risk_intervals, strict=True)
@@ -177,8 +180,16 @@ def _knn(study: Study) -> "Figure":
             hovertemplate="k = %{x}: %{y:.2%}<extra></extra>",
         )
     figure.update_xaxes(tickvals=[one.k for one in study.first.knn], ticktext=[str(one.k) for one in study.first.knn])
+    bounds = [bound for result in study.evaluations for one in result.knn for bound in one.top1_interval]
+    figure.update_yaxes(range=_shares(min(bounds), max(bounds)))
     figure.update_layout(showlegend=True)
     return figure
+
+
+def _shares(low: float, high: float) -> list[float]:
+    """The part of an axis that shows shares from `low` to `high`, however near each other, and none beyond all."""
+    room = max(0.1 * (high - low), LEAST_SPAN / 2)
+    return [max(low - room, -0.004), min(high + room, 1.004)]
 
 
 def _bars(values: ArrayLike, bounds: ArrayLike) -> dict[str, Any]:
@@ -322,5 +333,8 @@ def _shots(study: Study) -> "Figure":
         )
     shots = [few.shots for few in study.few_shot[0]]
     figure.update_xaxes(tickvals=shots, ticktext=[str(count) for count in shots])
+    low = min(few.classifier - few.classifier_deviation for found in study.few_shot for few in found)
+    high = max(few.classifier + few.classifier_deviation for found in study.few_shot for few in found)
+    figure.update_yaxes(range=_shares(low, high))
     figure.update_layout(showlegend=True)
     return figure

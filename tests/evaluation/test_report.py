@@ -53,6 +53,20 @@ def test_every_figure_has_its_place(page, study):
         assert f'id="{name}"' in page
 
 
+def test_axes_of_shares_end_at_all_however_near_the_shares_are(study):
+    perfect = tuple(replace(one, top1=1.0, top1_interval=(1.0, 1.0)) for one in study.first.knn)
+    flawless = replace(study.first, knn=perfect, risks=(0.0,) * 100, risk_intervals=((0.0, 0.0),) * 100)
+    drawn = figures(replace(study, evaluations=(flawless, flawless)))
+    low, high = drawn["knn"].layout.yaxis.range
+    assert low < 0.995 < 1 < high < 1.005
+    low, high = drawn["coverage"].layout.yaxis.range
+    assert low == 0 < high < 0.05
+    for name in ("knn", "shots"):
+        low, high = figures(study)[name].layout.yaxis.range
+        shown = [value for trace in figures(study)[name].data for value in trace.y]
+        assert low < min(shown) <= max(shown) < high < 1.005
+
+
 def test_each_corruption_stands_beside_the_others_bundles(page, study):
     ratios = study.comparisons[0].relative_errors
     assert ratios
